@@ -216,5 +216,5 @@ def show_memory(
     fig, (left, right) = plt.subplots(1, 2, figsize=(6.5, 2.8), dpi=90, sharey=True, width_ratios=[5, 1], layout="constrained")
     image = left.imshow(memory, aspect="auto", cmap="cividis", interpolation="nearest")
     left.set(xlabel="feature", ylabel="slot", title=title); fig.colorbar(image, ax=left, label="value", pad=.01)
-    right.barh(range(len(usage)), usage, color="#0072B2"); right.set(xlabel="usage", xlim=(0, 1))
+    right.barh(range(len(usage)), usage, color="#0072B2"); right.set(xlabel="usage", xlim=(0, 1)); left.yaxis.get_major_locator().set_params(integer=True)
     return fig

@@ -49,7 +49,8 @@ def to_html(
     if hasattr(result, "savefig"):
         data = base64.b64encode(png(result, dpi)).decode()
         return f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}" style="max-width: 100%">'
-    if not isinstance(result, str): return result._repr_html_() if hasattr(result, "_repr_html_") else f"<pre>{escape(repr(result))}</pre>"
+    if hasattr(result, "_repr_html_"): return result._repr_html_()
+    if not isinstance(result, str): result = repr(result)
     if result.lstrip().startswith("|"): return table(result)
     return result if result.lstrip().startswith("<") else f"<pre>{escape(result)}</pre>"
 
@@ -92,8 +93,9 @@ def _ipywidgets() -> Any:
 
 def _check_names(fn: Any, params: Mapping[str, Any]) -> None:
     "Stop early, in one line, when the controls are not the function's parameters."
-    try: inspect.signature(fn).bind(**params)
-    except TypeError as e: raise TypeError(f"the controls {list(params)} do not fit {getattr(fn, '__name__', fn)}{inspect.signature(fn)}: {e}") from None
+    takes = inspect.signature(fn)
+    try: takes.bind(**params)
+    except TypeError as e: raise TypeError(f"the controls {list(params)} do not fit {getattr(fn, '__name__', fn)}{takes}: {e}") from None
 
 # %% ../nbs/00c_live.ipynb #23ef1662
 def control(
@@ -104,12 +106,13 @@ def control(
 ) -> Any:
     "The control that fits the values of a parameter."
     w = _ipywidgets()
-    look = dict(description=label, style={"description_width": "initial"}, layout={"width": "min(100%, 30rem)"})
+    look = dict(description=label, tooltip=label, style={"description_width": "initial"}, layout={"width": "min(100%, 30rem)"})
     if isinstance(values, w.Widget):
         values.description = values.description or label
         return values
     if isinstance(values, bool): return w.Checkbox(value=values, indent=False, description=label)
-    if isinstance(values, list) and values: return w.Dropdown(options=values, value=start if start in values else values[0], **look)
+    if isinstance(values, list) and values: 
+        return w.Dropdown(options=values, value=start if start in values else values[0], **look)
     if isinstance(values, tuple) and len(values) == 3 and values[0] < values[1] and values[2] > 0:
         low, high, step = values
         if not isinstance(start, (int, float)) or not low <= start <= high: start = low
@@ -121,25 +124,25 @@ def control(
 # %% ../nbs/00c_live.ipynb #8a1535b3
 NEEDS_KERNEL = "<small>This view needs a kernel: run the notebook in JupyterLab.</small>"
 
-# %% ../nbs/00c_live.ipynb #1cf9ef47
+# %% ../nbs/00c_live.ipynb #5da92648
 def live(
     fn: Callable,  # pure function: parameters -> matplotlib figure, HTML, Markdown table, or any object
-    /, *,
+    *,
     labels: Mapping[str, str] | None = None,  # parameter -> visible label (unit); default its name
     alt: Callable[..., str] | None = None,  # parameters -> alternative text of the figure
     dpi: int = 80,  # of the figure
     **controls: Any,  # parameter = (low, high, step), list, Boolean or widget
 ) -> Any:  # ipywidgets VBox: the controls, a note, the view
-    "Draw an experiment anew whenever a control changes. Needs a kernel."
+    "Draw an experiment anew whenever a control changes: `name=(low, high, step)`, a list, a Boolean or a widget. Needs a kernel."
     w, labels = _ipywidgets(), {n: n.replace("_", " ") for n in controls} | dict(labels or {})
     _check_names(fn, controls)
     defaults = {n: p.default for n, p in inspect.signature(fn).parameters.items()}
     boxes = {n: control(n, v, labels[n], defaults.get(n)) for n, v in controls.items()}
-    note, view = w.HTML(NEEDS_KERNEL), w.HTML()
+    note, view, say = w.HTML(NEEDS_KERNEL), w.HTML(), lambda **p: describe(fn, p, labels)
 
     def draw(change=None):
         params = {n: box.value for n, box in boxes.items()}
-        try: view.value = frame(fn, params, alt(**params) if alt else describe(fn, params, labels), dpi)
+        try: view.value = frame(fn, params, (alt or say)(**params), dpi)
         except Exception as e: view.value = f'<p role="alert"><b>{type(e).__name__}</b>: {escape(str(e))}</p>'
         if change: note.value = ""
 
@@ -154,39 +157,43 @@ def picker(
 ) -> Any:  # a control with a synchronised `index`
     "A slider over numbers, or buttons for a few names."
     w = _ipywidgets()
-    look = dict(options=[(show_value(v), i) for i, v in enumerate(values)], index=0, description=label, style={"description_width": "initial"})
-    if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values): return w.SelectionSlider(layout={"width": "min(100%, 30rem)"}, **look)
-    return w.ToggleButtons(**look)
+    look = dict(options=[(show_value(v), i) for i, v in enumerate(values)], index=0, description=label, tooltip=label)
+    look["style"] = {"description_width": "initial"}
+    if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values): return w.ToggleButtons(**look)
+    return w.SelectionSlider(layout={"width": "min(100%, 30rem)"}, **look)
 
 # %% ../nbs/00c_live.ipynb #8ea69de9
 def _frames(fn: Any, points: list[dict], labels: Mapping[str, str], alt: Callable | None, dpi: int) -> list[str]:
     "One frame for each point of the grid, drawn by the function or taken from a list."
-    frames = None if callable(fn) else list(fn)
-    if frames is None: _check_names(fn, points[0])
-    elif len(frames) != len(points): raise ValueError(f"got {len(frames)} frames for {len(points)} combinations of values: give one for each, the last parameter fastest")
     say = alt or (lambda **p: describe(fn, p, labels))
-    return [frame(fn, p, say(**p), dpi) if frames is None else to_html(frames[i], say(**p), dpi) for i, p in enumerate(points)]
+    if callable(fn):
+        _check_names(fn, points[0])
+        return [frame(fn, p, say(**p), dpi) for p in points]
+    if len(frames := list(fn)) != len(points):
+        raise ValueError(f"got {len(frames)} frames for {len(points)} combinations of values: give one for each, the last parameter fastest")
+    return [to_html(f, say(**p), dpi) for f, p in zip(frames, points)]
 
 # %% ../nbs/00c_live.ipynb #3be2e6d0
 def _grid(grid: Mapping[str, Iterable], most: int) -> dict[str, list]:
     "The grid as lists, checked."
     lists = {n: list(v) for n, v in grid.items()}
-    if len(lists) not in (1, 2) or not all(lists.values()): raise ValueError(f"a static view needs one or two parameters with values, got {lists}")
+    if len(lists) not in (1, 2) or not all(lists.values()):
+        raise ValueError(f"a static view needs one or two parameters with values, got {lists}")
     n = math.prod(map(len, lists.values()))
     if n > most: raise ValueError(f"{n} frames are too many for a page (most {most}): give fewer values")
     return lists
 
-# %% ../nbs/00c_live.ipynb #90645ea6
+# %% ../nbs/00c_live.ipynb #16a5ff99
 def static(
     fn: Callable | Iterable,  # the same function as for `live`, or ready frames, the last parameter fastest
-    /, *,
+    *,
     labels: Mapping[str, str] | None = None,  # parameter -> visible label (unit); default its name
     alt: Callable[..., str] | None = None,  # parameters -> alternative text of the frame
     play: bool = False,  # add a Play button that runs through the first parameter; it never starts by itself
     dpi: int = 80,  # of the frames
     **grid: Iterable,  # one or two parameters = their values
 ) -> Any:  # ipywidgets VBox: the controls and a Stack of frames
-    "Draw an experiment over a grid, once, into a view that needs no kernel."
+    "Draw an experiment once over a grid, `name=values` for one or two parameters, into a view that needs no kernel."
     w, grid = _ipywidgets(), _grid(grid, most=48)
     labels = {n: n.replace("_", " ") for n in grid} | dict(labels or {})
     points = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]

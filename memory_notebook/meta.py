@@ -4,8 +4,10 @@
 
 # %% auto #0
 __all__ = ['Params', 'ALGORITHMS', 'FastWeights', 'MetaLearner', 'loop_loss', 'Sines', 'sinusoids', 'sine_net', 'train_sines',
-           'sine_errors', 'MANNState', 'MANNCell', 'MANN', 'LSTMClassifier', 'Sequences', 'jitter', 'sequences',
-           'with_labels', 'by_instance', 'train_sequences']
+           'sine_errors', 'sine_unit', 'MANNState', 'MANNCell', 'MANN', 'LSTMClassifier', 'Sequences', 'jitter',
+           'sequences', 'with_labels', 'by_instance', 'train_sequences', 'sequence_unit', 'Recall', 'KeyStore',
+           'RareEventMemory', 'conv_encoder', 'embed', 'ProtoNet', 'recall_tasks', 'few_shot_accuracy',
+           'train_few_shot', 'few_shot_unit', 'sinusoid', 'omniglot', 'bench_maml']
 
 # %% ../nbs/04_meta.ipynb #58df592a
 import math
@@ -196,10 +198,10 @@ def _annealed(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sc
 def train_sines(
     algorithm: str,  # "maml", "fomaml", "anil", "reptile"; or "pretrained", "oracle", which learn all tasks at once
     seed: int = 0,
-    meta_steps: int = 15000,  # batches of tasks
+    meta_steps: int = 8000,  # batches of tasks; the paper takes 70,000
     tasks: int = 25,  # tasks in a batch
     shots: int = 10,  # points for adaptation; as many again are queries
-    lr: float = 1e-3,  # outer step size (Adam, annealed)
+    lr: float = 3e-3,  # outer step size (Adam, annealed); the paper's is 0.001, constant
     inner_lr: float = 0.01,
     inner_steps: int = 1,
     device: str | torch.device = "cpu",
@@ -229,6 +231,15 @@ def sine_errors(
     if learner.model[0].in_features == 3: x = torch.cat([x, wave.expand(-1, x.shape[1], -1)], -1)  # the oracle is told the wave
     data = x[:, :shots], y[:, :shots], x[:, shots:], y[:, shots:]
     with torch.no_grad(): return [learner.outer_losses(*data, steps=s, lr=lr).mean().item() for s in range(steps + 1)]
+
+# %% ../nbs/04_meta.ipynb #e15a53bc
+def sine_unit(algorithm: str, seed: int, meta_steps: int, device: str | torch.device = "cpu") -> dict[str, float]:
+    "Train with 10 points, test with 5, 10 and 20: error after each gradient step."
+    start = time.process_time()
+    learner = train_sines(algorithm, seed, meta_steps, inner_steps=10 if algorithm == "reptile" else 1, device=device)
+    rates = {5: 0.01, 10: 0.02, 20: 0.02} if algorithm == "pretrained" else {}  # the step sizes of the paper's baseline
+    out = {f"k{k}.mse_at_{i}": e for k in (5, 10, 20) for i, e in enumerate(sine_errors(learner, k, rates.get(k)))}
+    return out | {"cpu_s": time.process_time() - start}
 
 # %% ../nbs/04_meta.ipynb #7d6a88c6
 class MANNState(NamedTuple):
@@ -423,3 +434,280 @@ def train_sequences(
         nn.utils.clip_grad_norm_(model.parameters(), 10.0); optimizer.step(); schedule.step()
         each_step(i + 1, loss.item())
     return model
+
+# %% ../nbs/04_meta.ipynb #63ab848a
+def sequence_unit(
+    kind: str,  # "mann", "paper_form" (Santoro's eq. 8 as printed: no delayed key, no strength), "lstm"
+    images: dict[str, Tensor],  # from `load_omniglot_vinyals(20)`
+    classes: int,
+    seed: int,
+    updates: int,
+    device: str | torch.device = "cpu",
+) -> dict[str, float]:
+    "Train on 1,200 characters, test on the other 423: accuracy by instance, and at the second instance along the way."
+    train, test = torch.cat([images["train"], images["val"]]).to(device), images["test"].to(device)
+    set_seed(seed); d, start, curve = train.shape[-1] * train.shape[-2] + classes, time.process_time(), {}
+    if kind == "lstm": model = LSTMClassifier(d, classes)
+    else: model = MANN(d, classes, **({"delayed_key": False, "strength": 1.0} if kind == "paper_form" else {}))
+    def watch(step: int, loss: float):
+        if step % max(1, updates // 8) == 0: curve[f"second_at_{16 * step}"] = by_instance(model, test, classes, 10, batches=4)[1]
+    train_sequences(model.to(device), train, classes, updates, seed=seed, each_step=watch)
+    return {f"instance_{i + 1}": a for i, a in enumerate(by_instance(model, test, classes))} | curve | {"cpu_s": time.process_time() - start}
+
+# %% ../nbs/04_meta.ipynb #1e90d76e
+class Recall(NamedTuple):
+    "The answer of a memory of rare events."
+    prediction: Tensor  # (b,) label of the nearest key; -1 while the memory is empty
+    confidence: Tensor  # (b,) its share among the nearest keys, 0 ... 1
+    loss: Tensor | None  # margin between the nearest right and the nearest wrong key; None without labels
+
+# %% ../nbs/04_meta.ipynb #3c36cbfd
+class KeyStore(nn.Module):
+    "Unit keys with labels and ages: buffers that last across calls and are saved in the state_dict."
+
+    def __init__(self, key_dim: int, memory_slots: int):
+        super().__init__()
+        if min(key_dim, memory_slots) < 1: raise ValueError(f"key_dim and memory_slots must be at least 1, got {key_dim} and {memory_slots}")
+        self.register_buffer("keys", torch.zeros(memory_slots, key_dim))  # of length 1, or 0 where empty
+        self.register_buffer("values", torch.full((memory_slots,), -1))  # labels; -1 = empty
+        self.register_buffer("ages", torch.zeros(memory_slots, dtype=torch.long))  # writes since the slot was last touched
+
+    def clear(self) -> None:
+        "Forget everything."
+        self.keys.zero_(); self.values.fill_(-1); self.ages.zero_()
+
+    @torch.no_grad()
+    def write(
+        self,
+        q: Tensor,  # (b, w) unit queries
+        y: Tensor,  # (b,) their labels
+        nearest: Tensor,  # (b,) the slot most like each query
+    ) -> None:
+        "Right: average the query into that key. Wrong: take the oldest slot, one each. Kaiser et al. 2017, section 2."
+        if len(y) > len(self.values):
+            raise ValueError(f"a batch of {len(y)} does not fit into {len(self.values)} slots: use smaller batches or more slots")
+        hit = self.values[nearest] == y
+        slots = nearest[hit]
+        self.ages += 1
+        self.keys.index_add_(0, slots, q[hit].to(self.keys.dtype))  # several queries may confirm the same key
+        self.keys[slots], self.ages[slots] = unit(self.keys[slots]), 0
+        age = torch.where(self.values < 0, math.inf, self.ages + torch.rand(len(self.ages), dtype=torch.float64, device=q.device))
+        age[slots] = -1  # what was just confirmed stays
+        oldest = age.topk(len(y) - len(slots)).indices
+        self.keys[oldest], self.values[oldest], self.ages[oldest] = q[~hit].to(self.keys.dtype), y[~hit], 0
+
+# %% ../nbs/04_meta.ipynb #63eab1df
+class RareEventMemory(KeyStore):
+    "A memory for life that plugs into any classifier: what was seen once is remembered. Kaiser et al. 2017."
+
+    def __init__(
+        self,
+        key_dim: int,
+        memory_slots: int = 8192,
+        neighbours: int = 256,  # keys that share the confidence
+        margin: float = 0.1,  # of the loss
+        temperature: float = 40.0,  # inverse, of the confidence
+    ):
+        super().__init__(key_dim, memory_slots)
+        self.neighbours, self.margin, self.temperature = min(neighbours, memory_slots), margin, temperature
+
+    def forward(
+        self,
+        query: Tensor,  # (b, w) from any network; the loss's gradient flows back into it
+        y: Tensor | None = None,  # (b,) labels >= 0; without them the memory is only read
+        write: bool = True,  # False: measure the loss but leave the memory alone
+    ) -> Recall:
+        "Look up, compare with the labels, then learn them."
+        self._check(query, y)
+        scores = (unit(query) @ self.keys.mT.to(query.dtype)).masked_fill(self.values < 0, -2.0)  # (b, n) cosine; -2 where empty
+        top, slots = scores.topk(self.neighbours)
+        prediction = self.values[slots[:, 0]]
+        confidence = (self.temperature * top).softmax(-1)[:, 0] * (prediction >= 0)
+        if y is None: return Recall(prediction, confidence, None)
+        loss = self.loss(scores, y)
+        if write: self.write(unit(query.detach()), y, slots[:, 0])
+        return Recall(prediction, confidence, loss)
+
+    def loss(self, scores: Tensor, y: Tensor) -> Tensor:
+        "Nearest right key against nearest wrong key; 0 where either is missing. Kaiser et al. 2017, section 2."
+        same = self.values == y.unsqueeze(-1)
+        right, wrong = scores.masked_fill(~same, -2.0).amax(-1), scores.masked_fill(same, -2.0).amax(-1)
+        return (F.relu(wrong - right + self.margin) * ((right > -2) & (wrong > -2))).mean()
+
+    def _check(self, query: Tensor, y: Tensor | None) -> None:
+        "Refuse what would be written wrongly."
+        n, w = self.keys.shape
+        if query.dim() != 2 or query.shape[1] != w: raise ValueError(f"expected queries (b, {w}), got {tuple(query.shape)}")
+        check_finite(query=query)
+        if y is None: return
+        if y.shape != query.shape[:1] or y.is_floating_point(): raise ValueError(f"expected {len(query)} integer labels, got {tuple(y.shape)} {y.dtype}")
+        if len(y) and y.min() < 0: raise ValueError(f"labels must be 0 or more, got {int(y.min())}: -1 marks an empty slot")
+
+# %% ../nbs/04_meta.ipynb #e477f280
+def conv_encoder(channels: int = 64, blocks: int = 4) -> nn.Sequential:
+    "The usual few-shot encoder: 3x3 convolution, batch normalisation, ReLU, 2x2 pooling. Vinyals et al. 2016; Snell et al. 2017."
+    block = lambda i: nn.Sequential(nn.Conv2d(i, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(), nn.MaxPool2d(2))
+    return nn.Sequential(*(block(channels if i else 1) for i in range(blocks)), nn.Flatten())
+
+
+def embed(encoder: nn.Module, x: Tensor) -> Tensor:
+    "Encode pictures (b, m, H, W) of several tasks as one batch, to (b, m, d)."
+    return encoder(x.flatten(0, 1).unsqueeze(1)).unflatten(0, x.shape[:2])
+
+# %% ../nbs/04_meta.ipynb #41c1482e
+class ProtoNet(nn.Module):
+    "Name a query after the class whose mean embedding is nearest. Snell et al. 2017, eqs. 1-2."
+
+    def __init__(self, encoder: nn.Module):  # (m, 1, H, W) -> (m, d)
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(
+        self,
+        support_x: Tensor,  # (b, s, H, W)
+        support_y: Tensor,  # (b, s) labels 0 ... ways-1
+        query_x: Tensor,  # (b, q, H, W)
+    ) -> Tensor:  # (b, q, ways) scores: minus the squared distance to each prototype
+        s, q = embed(self.encoder, torch.cat([support_x, query_x], 1)).split([support_x.shape[1], query_x.shape[1]], 1)
+        member = F.one_hot(support_y).to(s.dtype)  # (b, s, ways)
+        if not (count := member.sum(1)).all(): raise ValueError("a class has no support example: give each of the ways at least one shot")
+        prototypes = member.mT @ s / count.unsqueeze(-1)  # (b, ways, d)
+        return -torch.cdist(q, prototypes).square()
+
+# %% ../nbs/04_meta.ipynb #61f8de00
+def recall_tasks(
+    encoder: nn.Module,
+    memory: RareEventMemory,
+    support_x: Tensor,  # (b, s, H, W)
+    support_y: Tensor,  # (b, s)
+    query_x: Tensor,  # (b, q, H, W)
+) -> Tensor:  # (b, q) predicted labels
+    "Write each task's support set into an empty memory, one example after the other, then ask."
+    s, q = embed(encoder, torch.cat([support_x, query_x], 1)).split([support_x.shape[1], query_x.shape[1]], 1)
+    answers = []
+    for keys, labels, queries in zip(s, support_y, q):
+        memory.clear()
+        for i in range(len(keys)): memory(keys[i : i + 1], labels[i : i + 1])
+        answers.append(memory(queries).prediction)
+    return torch.stack(answers)
+
+
+@torch.no_grad()
+def few_shot_accuracy(
+    predict: Callable[[Tensor, Tensor, Tensor], Tensor],  # (support_x, support_y, query_x) -> labels (b, q)
+    images: Tensor,  # (characters, drawers, H, W) never seen in training
+    ways: int = 5,
+    shots: int = 1,
+    tasks: int = 600,  # with five queries of each class
+    seed: int = 10_000,
+) -> float:
+    "Share of queries that are named rightly."
+    g, hits, each = torch.Generator().manual_seed(seed), 0.0, 20
+    for _ in range(tasks // each):
+        e = episodes(images, ways, shots, 5, each, g, rotate=True)
+        hits += (predict(e.support_x, e.support_y, e.query_x) == e.query_y).float().mean().item()
+    return hits / (tasks // each)
+
+# %% ../nbs/04_meta.ipynb #a2dc42ae
+def train_few_shot(
+    kind: str,  # "proto" or "rare"
+    encoder: nn.Module,
+    images: Tensor,  # (characters, drawers, H, W)
+    updates: int = 1500,  # one task each
+    ways: int = 20,  # classes in a training task
+    lr: float = 2e-3,  # Adam, annealed
+    seed: int = 0,
+) -> nn.Module:
+    "Train an encoder on one-shot tasks with five queries a class, for prototypes or for the memory's margin loss."
+    g, optimizer = torch.Generator().manual_seed(seed), torch.optim.Adam(encoder.parameters(), lr)
+    schedule, proto = _annealed(optimizer, updates), ProtoNet(encoder)
+    memory = RareEventMemory(encoder(images[:2, 0].unsqueeze(1)).shape[-1], ways).to(images.device)
+    for _ in range(updates):
+        e = episodes(images, ways, 1, 5, 1, g, rotate=True)
+        if kind == "proto": loss = F.cross_entropy(proto(e.support_x, e.support_y, e.query_x)[0], e.query_y[0])
+        else:
+            s, q = embed(encoder, torch.cat([e.support_x, e.query_x], 1))[0].split([ways, 5 * ways])
+            memory.clear(); memory(s, e.support_y[0])
+            loss = memory(q, e.query_y[0], write=False).loss
+        optimizer.zero_grad(); loss.backward(); optimizer.step(); schedule.step()
+    return encoder
+
+# %% ../nbs/04_meta.ipynb #3b68b130
+def few_shot_unit(
+    kind: str,  # "proto" or "rare"
+    images: dict[str, Tensor],  # from `load_omniglot_vinyals(28)`
+    seed: int,
+    updates: int,
+    channels: int = 32,
+    device: str | torch.device = "cpu",
+) -> dict[str, float]:
+    "Train on 1,200 characters, test on the other 423: 5-way and 20-way, one and five shots."
+    train, test = torch.cat([images["train"], images["val"]]).to(device), images["test"].to(device)
+    set_seed(seed); start = time.process_time()
+    encoder = train_few_shot(kind, conv_encoder(channels).to(device), train, updates, seed=seed).eval()
+    memory, proto = RareEventMemory(encoder(test[:1, :1]).shape[-1], 128).to(device), ProtoNet(encoder)
+    predict = (lambda *task: proto(*task).argmax(-1)) if kind == "proto" else (lambda *task: recall_tasks(encoder, memory, *task))
+    score = {f"{w}w{s}s": few_shot_accuracy(predict, test, w, s, tasks=600 if w == 5 else 200) for w, s in ((5, 1), (5, 5), (20, 1))}
+    return score | {"cpu_s": time.process_time() - start}
+
+# %% ../nbs/04_meta.ipynb #66faf702
+@experiment("sinusoid", help="few-shot regression of sine waves: MAML and its relatives against joint pretraining")
+def sinusoid(
+    run: Run,
+    *,
+    algorithms: tuple[str, ...] = ("maml", "fomaml", "anil", "reptile", "pretrained", "oracle"),
+    seeds: int = 3,
+    meta_steps: int = 8000,  # batches of 25 tasks
+    device: str = "cpu",  # networks this small gain nothing from an accelerator
+) -> dict:
+    "Mean squared error on 600 new waves after 0 ... 10 gradient steps: `<algorithm>.k<shots>.mse_at_<step>`."
+    metrics = {}
+    for a in algorithms:
+        rows = [run.unit(f"{a}.seed{s}", lambda: sine_unit(a, s, meta_steps, pick_device(device))) for s in range(seeds)]
+        metrics |= {f"{a}.{k}": v for k, v in over_seeds(rows).items()}
+    return metrics
+
+# %% ../nbs/04_meta.ipynb #81099c7a
+@experiment("omniglot", help="one-shot characters: MANN, LSTM, prototypes and the memory of rare events")
+def omniglot(
+    run: Run,
+    *,
+    seeds: int = 3,
+    updates: int = 4000,  # of 16 episodes, for MANN and LSTM with 5 classes
+    many_updates: int = 1500,  # for 15 classes, and for the paper's write rule
+    few_shot_updates: int = 1000,  # of one 20-way task, for prototypes and rare events
+    device: str = "auto",
+) -> dict:
+    "Accuracy by instance of `mann`, `lstm`, `paper_form` (5 classes) and `mann15`; `proto` and `rare` at 5w1s, 5w5s, 20w1s."
+    d, metrics = pick_device(device), {}
+    small, large = load_omniglot_vinyals(20), load_omniglot_vinyals(28)
+    plans = {"mann": ("mann", 5, updates), "lstm": ("lstm", 5, updates), "paper_form": ("paper_form", 5, many_updates), "mann15": ("mann", 15, many_updates)}
+    for name, (kind, classes, n) in plans.items():
+        rows = [run.unit(f"{kind}{classes}.seed{s}", lambda: sequence_unit(kind, small, classes, s, n, d)) for s in range(seeds)]
+        metrics |= {f"{name}.{k}": v for k, v in over_seeds(rows).items()}
+    for kind in ("proto", "rare"):
+        rows = [run.unit(f"{kind}.seed{s}", lambda: few_shot_unit(kind, large, s, few_shot_updates, device=d)) for s in range(seeds)]
+        metrics |= {f"{kind}.{k}": v for k, v in over_seeds(rows).items()}
+    return metrics
+
+# %% ../nbs/04_meta.ipynb #1b60f5c0
+def _alternate(*fns: Callable[[], Any], repeats: int = 30) -> list[float]:
+    "Median milliseconds of several functions, called in turn so that other load falls on all of them."
+    times = [[] for _ in fns]
+    for i in range(repeats + 3):
+        for fn, t in zip(fns, times):
+            start = time.perf_counter(); fn()
+            if i >= 3: t.append(1e3 * (time.perf_counter() - start))
+    return [sorted(t)[len(t) // 2] for t in times]
+
+
+@benchmark("maml", help="a second-order MAML step: the tasks side by side against a loop over them")
+def bench_maml(run: Run, *, tasks: int = 32, shots: int = 10, inner_steps: int = 1, repeats: int = 50) -> dict:
+    "Forward, backward and Adam on the sine network: `maml.speedup_vs_loop`."
+    set_seed(0); learner = MetaLearner(sine_net(), inner_steps=inner_steps)
+    optimizer = torch.optim.Adam(learner.parameters())
+    x, y, _ = sinusoids(tasks, 2 * shots)
+    data = x[:, :shots], y[:, :shots], x[:, shots:], y[:, shots:]
+    def loop(): optimizer.zero_grad(); loop_loss(learner, *data).backward(); optimizer.step()
+    together, looped = _alternate(lambda: learner.meta_step(optimizer, *data), loop, repeats=repeats)
+    return {"maml.speedup_vs_loop": looped / together, "maml.vmap_ms": together, "maml.loop_ms": looped}

@@ -22,8 +22,9 @@ def _check_rows(rows: dict, held: dict) -> tuple[dict, int]:
     if held and rows.keys() != held.keys():
         raise ValueError(f"extend: this buffer holds the fields {list(held)}, got {list(rows)}; give every batch the same fields")
     for k, v in rows.items():
-        if not v.ndim: raise ValueError(f"extend: field {k!r} has no batch axis; use push for a single experience")
         want = held[k] if held else v
+        if v.ndim == 0 or held and v.shape == want.shape[1:]:
+            raise ValueError(f"extend: field {k!r} has no batch axis; use push for a single experience")
         if v.shape[1:] != want.shape[1:] or v.dtype != want.dtype:
             raise ValueError(f"extend: field {k!r} holds {want.dtype} rows of shape {tuple(want.shape[1:])}, "
                              f"got {v.dtype} {tuple(v.shape[1:])}; convert it first")
@@ -64,11 +65,12 @@ def ring(
     skip = max(0, n - capacity)
     return slice(skip, n), (seen + np.arange(skip, n)) % capacity
 
-# %% ../nbs/03_replay.ipynb #62e8104f
+# %% ../nbs/03_replay.ipynb #a78560f7
 def _uniform(n: int, generator: torch.Generator) -> np.ndarray:
     "`n` float64 numbers in [0, 1)"
     return torch.rand(n, dtype=torch.float64, generator=generator).numpy()
 
+# %% ../nbs/03_replay.ipynb #edb00848
 def reservoir(
     n: int, # items in the batch
     seen: int, # items before it
@@ -103,6 +105,7 @@ def _cut(keys: np.ndarray, owner: np.ndarray, held: np.ndarray, share: np.ndarra
     gone = owner[out]
     return np.delete(keys, out), np.delete(owner, out), gone[gone >= 0]
 
+# %% ../nbs/03_replay.ipynb #c03afdc4
 def _limits(keys: np.ndarray, held: np.ndarray, seen: np.ndarray) -> np.ndarray:
     "Keys of a class are admitted below this: its largest key, if some of it was dropped already"
     last = keys[np.maximum(held.cumsum() - 1, 0)]
@@ -154,7 +157,7 @@ class SumTree:
     def __init__(self,
         capacity: int, # entries, all zero at first
         width: int = 16, # children of a node
-        flat: int = 8192, # the top level holds at most this many sums
+        flat: int = 16_384, # the top level holds at most this many sums
     ):
         self.width, self._running, depth = width, None, 0
         while capacity > flat: capacity, depth = -(-capacity // width), depth + 1
@@ -307,18 +310,6 @@ class ReplayBuffer:
         "Store a batch: fields (b, ...) by position or by name, priorities (b,)"
         self._extend(dict(enumerate(rows)) | named, priority)
 
-    def _extend(self, rows: dict, priority):
-        rows, n = _check_rows(rows, self.store.data)
-        p = self.priorities.check(priority, n) if self.priorities else None
-        labels = self.classes.check(self._label(rows)) if self.classes else None
-        if not n: return
-        if self.classes: kept, slots = self.classes.place(labels, self.generator)
-        elif self.strategy == "reservoir": kept, slots = reservoir(n, self.seen, self.capacity, self.generator)
-        else: kept, slots = ring(n, self.seen, self.capacity)
-        self.seen += n
-        if self.priorities: self.priorities.put(slots, p[kept])
-        self.store.write(torch.from_numpy(slots), {k: v[kept] for k, v in rows.items()})
-
     def sample(self,
         n: int, # experiences to draw
         beta: float | None = None, # strength of the importance weights
@@ -333,13 +324,35 @@ class ReplayBuffer:
         if self.store.device.type != "cpu": idx, weights = idx.to(self.store.device), weights.to(self.store.device)
         return Sample(self.store.read(idx), idx, weights)
 
-    def update(self, idx: Tensor, priority: Tensor):
-        "Give drawn slots new priorities; the last counts where a slot repeats. Strategies without priorities take no notice"
-        if self.priorities is None: return
-        idx = idx.cpu().numpy() if isinstance(idx, Tensor) else np.asarray(idx)
-        if len(idx) and not 0 <= idx.min() <= idx.max() < len(self):
-            raise ValueError(f"update: expected slots from 0 to {len(self) - 1}, got {idx.min()} to {idx.max()}")
-        self.priorities.put(idx, self.priorities.check(priority, len(idx)))
+# %% ../nbs/03_replay.ipynb #efdcb836
+def _extend(self: ReplayBuffer, rows: dict, priority: Tensor | float | None):
+    "Check everything, then ask the rule where to store, then store"
+    rows, n = _check_rows(rows, self.store.data)
+    p = self.priorities.check(priority, n) if self.priorities else None
+    labels = self.classes.check(self._label(rows)) if self.classes else None
+    if not n: return
+    if self.classes: kept, slots = self.classes.place(labels, self.generator)
+    elif self.strategy == "reservoir": kept, slots = reservoir(n, self.seen, self.capacity, self.generator)
+    else: kept, slots = ring(n, self.seen, self.capacity)
+    self.seen += n
+    if self.priorities: self.priorities.put(slots, p[kept])
+    self.store.write(torch.from_numpy(slots), {k: v[kept] for k, v in rows.items()})
+
+ReplayBuffer._extend = _extend
+
+# %% ../nbs/03_replay.ipynb #eeec7390
+def _update(self: ReplayBuffer,
+    idx: Tensor, # (b,) slots, as `sample` names them
+    priority: Tensor, # (b,) errors δ ≥ 0
+):
+    "Give slots new priorities; the last counts where a slot repeats. Strategies without priorities take no notice"
+    if self.priorities is None: return
+    idx = idx.cpu().numpy() if isinstance(idx, Tensor) else np.asarray(idx)
+    if len(idx) and not 0 <= idx.min() <= idx.max() < len(self):
+        raise ValueError(f"update: expected slots from 0 to {len(self) - 1}, got {idx.min()} to {idx.max()}")
+    self.priorities.put(idx, self.priorities.check(priority, len(idx)))
+
+ReplayBuffer.update = _update
 
 # %% ../nbs/03_replay.ipynb #3eb60fd8
 def _label(self: ReplayBuffer, rows: dict) -> Tensor:
@@ -347,21 +360,25 @@ def _label(self: ReplayBuffer, rows: dict) -> Tensor:
     name = self.label if self.label is not None else 1 if 0 in rows else "y"
     if name not in rows: raise ValueError(f"class_balanced: no field {name!r} among {list(rows)}; name the class field with label=")
     return rows[name]
+ReplayBuffer._label = _label
 
+# %% ../nbs/03_replay.ipynb #50818d08
 def _to(self: ReplayBuffer, device: torch.device | str) -> ReplayBuffer:
     "Move the experiences; priorities and draws stay on the CPU"
     self.store.device = torch.device(device)
     self.store.data = {k: v.to(device) for k, v in self.store.data.items()}
     return self
+ReplayBuffer.to = _to
 
+# %% ../nbs/03_replay.ipynb #0c716d7a
 def _nbytes(self: ReplayBuffer) -> int:
     "Bytes allocated for experiences, priorities and classes"
     levels = self.priorities.levels if self.priorities else []
     return sum(v.nbytes for v in [*self.store.data.values(), *levels, *_arrays(self.classes).values()])
+ReplayBuffer.nbytes = property(_nbytes)
 
+# %% ../nbs/03_replay.ipynb #9bb9509c
 def _arrays(o) -> dict[str, np.ndarray]: return {k: v for k, v in vars(o).items() if isinstance(v, np.ndarray)} if o else {}
-
-ReplayBuffer._label, ReplayBuffer.to, ReplayBuffer.nbytes = _label, _to, property(_nbytes)
 
 # %% ../nbs/03_replay.ipynb #3a56d714
 def _state_dict(self: ReplayBuffer) -> dict:
@@ -372,11 +389,13 @@ def _state_dict(self: ReplayBuffer) -> dict:
                 priorities=dict(p=torch.tensor(pr.levels[-1][:n]), largest=pr.largest) if pr else {},
                 classes={k: torch.tensor(v) for k, v in _arrays(self.classes).items()})
 
+# %% ../nbs/03_replay.ipynb #dc4ef81f
 def _load_state_dict(self: ReplayBuffer, state: dict):
     "Continue from a `state_dict`; the buffer must have been made with the same settings"
     differ = [k for k, v in self.config.items() if state["config"].get(k) != v]
     if differ:
-        raise ValueError("load_state_dict: " + ", ".join(f"{k} is {self.config[k]!r} here and {state['config'].get(k)!r} in the state" for k in differ))
+        here, there = ({k: c.get(k) for k in differ} for c in (self.config, state["config"]))
+        raise ValueError(f"load_state_dict: this buffer has {here}, the state has {there}; make the buffer with the same settings")
     self.__init__(**self.config, beta=state["beta"], device=self.store.device, generator=self.generator)
     self.seen, n = state["seen"], torch.arange(min(state["seen"], self.capacity))
     self.store.write(n, {int(k) if str(k).isdigit() else k: v for k, v in state["data"].items()})
@@ -399,6 +418,7 @@ class _Deques:
         p = np.array(self.priority, dtype=np.float32)
         return [self.items[i] for i in np.random.choice(len(self.items), n, p=p / p.sum())]
 
+# %% ../nbs/03_replay.ipynb #7caef7c9
 def _peers(x: Tensor, y: Tensor, priority: Tensor, n: int) -> dict[str, Callable]:
     "The seed's draw, and one by torch.multinomial with batch and weights"
     deques, p = _Deques(zip(x, y), priority.tolist()), (priority.double() + 1e-6) ** .6
@@ -408,16 +428,19 @@ def _peers(x: Tensor, y: Tensor, priority: Tensor, n: int) -> dict[str, Callable
         return x.index_select(0, idx), y.index_select(0, idx), (q.min() / q) ** .4
     return dict(deque=lambda: deques.sample(n), deque_push=lambda: deques.push((x[0], y[0]), 1.), multinomial=multinomial)
 
-# %% ../nbs/03_replay.ipynb #f5a095d9
-def _flush(m: Tensor = torch.rand(400, 400)):
+# %% ../nbs/03_replay.ipynb #fc4bdc8c
+def _flush():
     "What a training step does to the caches"
+    m = torch.ones(400, 400)
     for _ in range(5): m @ m
 
+# %% ../nbs/03_replay.ipynb #e655079d
 def _calls(name: str, update: Callable, sample: Callable, extend: Callable) -> dict[str, Callable | tuple]:
     "The calls that ours and cpprb have in common; a draw always follows an update"
     cold = lambda: (update(), _flush())
     return {name: (update, sample), f"{name}_cold": (cold, sample), f"{name}_update": update, f"{name}_extend": extend}
 
+# %% ../nbs/03_replay.ipynb #54d804e0
 def _cpprb(x: Tensor, y: Tensor, priority: Tensor, n: int, turn) -> dict[str, Callable | tuple]:
     "cpprb's calls; none if it is not installed"
     try: from cpprb import PrioritizedReplayBuffer
@@ -428,6 +451,7 @@ def _cpprb(x: Tensor, y: Tensor, priority: Tensor, n: int, turn) -> dict[str, Ca
     return _calls("cpprb", lambda: buffer.update_priorities(*(t.numpy() for t in next(turn))),
                   lambda: buffer.sample(n, .4), lambda: buffer.add(x=x[:n], y=y[:n]))
 
+# %% ../nbs/03_replay.ipynb #ab53aec6
 def _ours(x: Tensor, y: Tensor, priority: Tensor, n: int, turn) -> dict[str, Callable | tuple]:
     "Our calls, and the uniform draw"
     buffer, uniform = ReplayBuffer(len(x)), ReplayBuffer(len(x), "uniform")
@@ -445,6 +469,7 @@ def _bench_size(size: int, batch: int, width: int, repeats: int, peers: bool) ->
     row = _medians(calls | (_peers(x, y, priority, batch) if peers else {}), repeats)
     return {{"tree_update": "update", "tree_extend": "extend"}.get(k, k): v for k, v in row.items()}
 
+# %% ../nbs/03_replay.ipynb #4596b592
 def bench_replay(
     run=None, # experiment run: `run.unit(name, f)` stores finished parts; None just computes
     *, sizes: tuple[int, ...] = (5_000, 100_000, 1_000_000), # entries held
@@ -467,9 +492,10 @@ def bench_replay(
     print(replay_table(metrics))
     return metrics
 
-# %% ../nbs/03_replay.ipynb #34e518af
+# %% ../nbs/03_replay.ipynb #0e6ee49e
 def _size(n: int) -> str: return f"{n // 10**6}m" if n % 10**6 == 0 else f"{n // 1000}k" if n % 1000 == 0 else str(n)
 
+# %% ../nbs/03_replay.ipynb #d1665cdd
 def replay_table(
     metrics: dict, # what `bench_replay` returns
 ) -> str:
@@ -495,6 +521,7 @@ class Draw(NamedTuple):
     count: np.ndarray # (n,) how often it was drawn
     weight: np.ndarray # (n,) its importance weight, the largest of all items being one
 
+# %% ../nbs/03_replay.ipynb #f0abe502
 def explain_draw(
     loss: Tensor, # (n,) loss of each item
     alpha: float = .6, # 0: uniform; 1: in proportion to the loss
@@ -519,16 +546,18 @@ def show_draw(
     "Three panels: chance of each item, share of each class held and drawn, weight against loss"
     import matplotlib.pyplot as plt
     fig, (a, b, c) = plt.subplots(1, 3, figsize=(6.5, 2.3), layout="constrained")
-    rank, hit = np.argsort(-draw.prob, kind="stable"), draw.count > 0
+    rank, hit, classes = np.argsort(-draw.prob, kind="stable"), draw.count > 0, np.arange(int(label.max()) + 1)
     a.semilogy(draw.prob[rank] * len(rank), color="#0072B2")
     a.axhline(1, color="#777777", ls="--", lw=1)
-    a.set(xlabel="item, by priority", ylabel="chance (uniform = 1)")
-    share = lambda w: np.bincount(label, w, minlength=int(label.max()) + 1) / max(w.sum(), 1)
-    b.bar(np.arange(int(label.max()) + 1) - .2, 100 * share(np.ones(len(label))), .4, color="#777777", label="held")
-    b.bar(np.arange(int(label.max()) + 1) + .2, 100 * share(draw.count), .4, color="#E69F00", label="drawn")
-    b.set(xlabel="class", ylabel="share (%)"); b.legend(frameon=False, fontsize=6)
-    c.scatter(loss, draw.weight, s=3, color="#CCCCCC", label="held")
+    a.set(xlabel="item, by priority", ylabel="chance (uniform = 1)", ylim=(.003, 50))
+    a.set_yticks([.01, .1, 1, 10], ["0.01", "0.1", "1", "10"])
+    share = lambda w: 100 * np.bincount(label, w, minlength=len(classes)) / max(w.sum(), 1)
+    b.bar(classes - .2, share(np.ones(len(label))), .4, color="#777777", label="held")
+    b.bar(classes + .2, share(draw.count), .4, color="#E69F00", label="drawn")
+    b.set(xlabel="class", ylabel="share (%)", xticks=classes)
+    c.scatter(loss, draw.weight, s=3, color="#BBBBBB", label="held")
     c.scatter(loss[hit], draw.weight[hit], s=5, color="#E69F00", label="drawn")
-    c.set(xlabel="loss (nats)", ylabel="weight", ylim=(0, 1.05)); c.legend(frameon=False, fontsize=6)
+    c.set(xlabel="loss (nats)", ylabel="importance weight", ylim=(0, 1.05))
+    c.legend(frameon=False, fontsize=6)
     fig.suptitle(title, fontsize=8)
     return fig
