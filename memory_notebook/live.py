@@ -16,11 +16,11 @@ import sys
 from html import escape
 from typing import Any, Callable, Iterable, Mapping
 
-# %% ../nbs/00c_live.ipynb #acaa975f
+# %% ../nbs/00c_live.ipynb #21d7fa17
 def png(
     fig: Any,  # a matplotlib figure
     dpi: int = 80,  # pixels an inch
-    colors: int = 64,  # size of the palette
+    colors: int = 128,  # size of the palette
 ) -> bytes:  # the file
     "A small PNG of a figure: whole size, few colours."
     from PIL import Image
