@@ -39,9 +39,10 @@ class Chapter(NamedTuple):
 
 CHAPTERS: dict[str, Chapter] = {
     "experiment:agent": Chapter(".agent", "agent", "a stream of tasks, with and without replay, memory and meta-learning"),
-    "experiment:sinusoid": Chapter(".meta", "sinusoid", "few-shot regression of sine waves: MAML and its relatives against joint pretraining"),
+    "experiment:sinusoid": Chapter(
+        ".meta", "sinusoid", "few-shot regression of sine waves: MAML and its relatives against joint pretraining"),
     "experiment:omniglot": Chapter(".meta", "omniglot", "one-shot characters: MANN, LSTM, prototypes and the memory of rare events"),
-    "benchmark:replay": Chapter(".replay", "bench_replay", "draws, updates and additions of replay buffers, beside deque and cpprb", "replay_table"),
+    "benchmark:replay": Chapter(".replay", "bench_replay", "draws, updates and additions of replay buffers, side by side", "replay_table"),
     "benchmark:maml": Chapter(".meta", "bench_maml", "a second-order MAML step: the tasks side by side against a loop over them"),
 }
 

@@ -66,7 +66,7 @@ def write_atomic(
     write: Callable[[Path], Any],  # writes the given temporary path
 ) -> None:
     "Write a file so that its name never points to half of it."
-    path = Path(path); part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    path = Path(path); part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True); write(part)
         with open(part, "rb") as f: os.fsync(f.fileno())
