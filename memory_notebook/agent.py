@@ -369,11 +369,12 @@ def ablate(
     device: str | torch.device = "cpu",
     checkpoint: Path | None = None,
     epochs: int | None = None,  # None: the setting's
+    **options: Any,  # further arguments of `ContinualAgent`
 ) -> StreamHistory:
     "One agent on one stream."
     setting, tasks = SETTINGS[data], load_stream(data, seed)
     memory, replay, meta = map(bool, ABLATIONS.get(name, (0, 0, 0)))
-    agent = ContinualAgent(memory=memory, replay=replay, meta=meta, seed=seed, device=device, **setting.agent)
+    agent = ContinualAgent(memory=memory, replay=replay, meta=meta, seed=seed, device=device, **(setting.agent | options))
     if name == "joint": tasks = interleaved(tasks, seed)
     return learn_stream(agent, tasks, epochs or setting.epochs, setting.batch_size, seed, setting.test_all, checkpoint)
 
@@ -400,6 +401,7 @@ def agent(
     seeds: int = 3,
     device: str = "auto",
     epochs: int | None = None,  # walks through each task; none: as the stream wants
+    inner_lr: float = 0.01,  # of the trial step
     joint: bool = True,  # also learn all tasks at once, as a bound
 ) -> dict:
     "Learn a stream with every combination of parts, and say what each is worth."
@@ -409,12 +411,13 @@ def agent(
         row = {}
         for name in names:
             def one(name=name, seed=seed):
-                h = ablate(data, name, seed, where, run.checkpoint(f"{name}-{seed}"), epochs)
+                h = ablate(data, name, seed, where, run.checkpoint(f"{name}-{seed}"), epochs, inner_lr=inner_lr)
                 return {"scores": summarise(h, data), "errors": h.errors.nan_to_num(-1).tolist()}
             done = run.unit(f"{name}-{seed}", one)
             row |= {f"{name}.{k}": v for k, v in done["scores"].items()}
             curves.setdefault(name, []).append(done["errors"])
-        if "naive.forgetting" in row: row["forgetting_reduction"] = 1 - row["agent.forgetting"] / row["naive.forgetting"]
+        if "naive.forgetting" in row:  # 0 where there was nothing to reduce
+            row["forgetting_reduction"] = 1 - row["agent.forgetting"] / row["naive.forgetting"] if row["naive.forgetting"] > 0 else 0.0
         rows.append(row)
     run.figure("agent", plot_stream({k: torch.tensor(v) for k, v in curves.items()}, data))
     return over_seeds(rows)

@@ -407,9 +407,9 @@ def _load_state_dict(self: ReplayBuffer, state: dict):
 
 ReplayBuffer.state_dict, ReplayBuffer.load_state_dict = _state_dict, _load_state_dict
 
-# %% ../nbs/03_replay.ipynb #9ee7b903
+# %% ../nbs/03_replay.ipynb #f901baa0
 class _Deques:
-    "The first seed's buffer: two deques, probabilities made anew for each draw"
+    "The usual buffer: two deques, probabilities made anew for each draw"
     def __init__(self, items, priority):
         self.items, self.priority = deque(maxlen=len(priority)), deque(maxlen=len(priority))
         for item, p in zip(items, priority): self.push(item, p + 1e-6)
@@ -418,9 +418,9 @@ class _Deques:
         p = np.array(self.priority, dtype=np.float32)
         return [self.items[i] for i in np.random.choice(len(self.items), n, p=p / p.sum())]
 
-# %% ../nbs/03_replay.ipynb #7caef7c9
+# %% ../nbs/03_replay.ipynb #3b100d8f
 def _peers(x: Tensor, y: Tensor, priority: Tensor, n: int) -> dict[str, Callable]:
-    "The seed's draw, and one by torch.multinomial with batch and weights"
+    "A draw from two deques, and one by torch.multinomial with batch and weights"
     deques, p = _Deques(zip(x, y), priority.tolist()), (priority.double() + 1e-6) ** .6
     def multinomial():
         idx = torch.multinomial(p, n, replacement=True)
@@ -489,7 +489,7 @@ def bench_replay(
                 for peer in "deque", "cpprb":
                     if peer in row: metrics[f"replay.speedup_vs_{peer}_{at.replace('.', '_')}"] = row[peer] / row["tree"]
     finally: torch.set_num_threads(threads)
-    print(replay_table(metrics))
+    if run is None: print(replay_table(metrics))
     return metrics
 
 # %% ../nbs/03_replay.ipynb #0e6ee49e

@@ -456,7 +456,7 @@ def convert(value: Any, hint: Any, name: str) -> Any:
         if hint is bool and isinstance(value, str): return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[value.lower()]
         return hint(value)
     except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"option {name}={value!r} is not a {getattr(hint, '__name__', hint)}" + (f": {e}" if get_origin(hint) is Literal else "")) from e
+        raise ValueError(f"option {name}={value!r}: " + (str(e) if get_origin(hint) is Literal else f"expected {getattr(hint, '__name__', hint)}")) from e
 
 # %% ../nbs/00b_train.ipynb #bfa506e4
 REGISTRY: dict[str, Experiment] = {}

@@ -1,0 +1,157 @@
+"""What `pip install` gives: a light import, a package that needs no Jupyter, metadata as in settings.ini, and one notebook behind every module."""
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from configparser import ConfigParser
+from importlib.metadata import PathDistribution, distribution
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = {p.stem: p for p in sorted(ROOT.glob("memory_notebook/*.py")) if not p.stem.startswith("_")}
+NOT_NEEDED = """IPython ipykernel ipywidgets anywidget jupyter jupyter_core jupyter_client jupyter_server jupyterlab notebook
+    nbformat nbclient nbconvert nbdev execnb fastcore ghapi""".split()
+EXTRAS = ("dev", "bench", "scale")
+
+
+@pytest.fixture(scope="module")
+def settings():
+    parser = ConfigParser(delimiters=["="], interpolation=None)
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    return parser["DEFAULT"]
+
+
+def python(code: str) -> str:
+    "Run code in a fresh interpreter. Returns what it printed."
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    return done.stdout
+
+
+def exports(notebook: Path) -> str:
+    "The module that a notebook makes, or nothing."
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    found = [m[1] for c in cells if (m := re.match(r"#\|\s*default_exp\s+(\S+)", "".join(c["source"])))]
+    assert len(found) <= 1, f"{notebook.name} names {found}"
+    return "".join(found)
+
+
+# ---------------------------------------------------------------- import
+
+
+def test_the_package_alone_imports_nothing_else(record_property):
+    out = python("""
+import sys, time
+before, start = set(sys.modules), time.perf_counter()
+import memory_notebook
+took = time.perf_counter() - start
+print(took, *{name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)""")
+    took, *modules = out.split()
+    record_property("import_s", took)  # reported only: a busy machine is no failure
+    assert modules == ["memory_notebook"]
+
+
+def test_every_module_imports_without_jupyter_and_nbdev():
+    python(f"""
+import sys
+sys.modules.update(dict.fromkeys({NOT_NEEDED}))  # None in sys.modules: not installed
+from importlib import import_module
+for name in {list(MODULES)}: import_module("memory_notebook." + name)""")
+
+
+# ---------------------------------------------------------------- modules and notebooks
+
+
+def test_every_module_has_its_notebook_and_every_chapter_its_module():
+    notebooks = {p.name: exports(p) for p in sorted(ROOT.glob("nbs/*.ipynb")) if not p.name.startswith("_")}
+    made = {module: name for name, module in notebooks.items() if module}
+    edited = {stem: m[1] if (m := re.search(r"File to edit: \.\./nbs/(\S+\.ipynb)", p.read_text(encoding="utf-8"))) else None
+              for stem, p in MODULES.items()}
+    assert edited == made
+    assert [name for name, module in notebooks.items() if not module] == ["index.ipynb"]
+
+
+def test_a_module_imports_only_from_chapters_above_it():
+    order = {exports(p): p.name for p in ROOT.glob("nbs/*.ipynb") if p.name != "index.ipynb"}
+    for stem, path in MODULES.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:  # what a function imports, it imports when it is called
+            if not isinstance(node, ast.ImportFrom): continue
+            if node.level or (node.module or "").startswith("memory_notebook."):
+                target = node.module.removeprefix("memory_notebook.").partition(".")[0]
+                assert order[target] < order[stem], f"{stem} imports {target}"
+
+
+@pytest.mark.parametrize("stem", MODULES)
+def test_no_module_outgrows_a_chapter(stem):
+    assert len(MODULES[stem].read_text(encoding="utf-8").splitlines()) <= 750
+
+
+# ---------------------------------------------------------------- the distributions
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    "The wheel, made from the source distribution, which is made from this tree. Needs no network."
+    pytest.importorskip("build")
+    tree = tmp_path_factory.mktemp("tree")
+    for name in ("settings.ini", "setup.py", "MANIFEST.in", "README.md", "LICENSE"): shutil.copy(ROOT / name, tree)
+    shutil.copytree(ROOT / "memory_notebook", tree / "memory_notebook", ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "build", "--no-isolation", "--skip-dependency-check"]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    assert not done.returncode, done.stdout + done.stderr
+    made, = tree.glob("dist/*.whl")
+    return made
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+    kept = {str(p.relative_to(ROOT)) for p in ROOT.glob("memory_notebook/**/*") if p.is_file() and p.suffix != ".pyc"}
+    names = [n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n]
+    assert set(names) == kept
+
+
+def metadata(wheel: Path) -> PathDistribution:
+    info, = (p for p in zipfile.Path(wheel).iterdir() if p.name.endswith(".dist-info"))
+    return PathDistribution(info)
+
+
+def test_the_metadata_is_what_settings_say(wheel, settings):
+    dist, wanted = metadata(wheel), {Requirement(r) for r in settings["requirements"].split()}
+    for extra in EXTRAS: wanted |= {Requirement(f'{r} ; extra == "{extra}"') for r in settings[f"{extra}_requirements"].split()}
+    assert {Requirement(r) for r in dist.requires} == wanted
+    assert set(dist.metadata.get_all("Provides-Extra")) == set(EXTRAS)
+    assert (dist.metadata["Name"], dist.version) == ("memory_notebook", settings["version"])
+    assert dist.metadata["Requires-Python"] == ">=" + settings["min_python"]
+
+
+@pytest.mark.parametrize("where", ["wheel", "installed"])
+def test_entry_points(where, request):
+    dist = metadata(request.getfixturevalue("wheel")) if where == "wheel" else distribution("memory_notebook")
+    points = {(p.group, p.name): p for p in dist.entry_points}
+    assert set(points) == {("console_scripts", "memory_notebook"), ("nbdev", "memory_notebook")}
+    assert callable(points["console_scripts", "memory_notebook"].load())
+    assert set(points["nbdev", "memory_notebook"].load()) == {"settings", "syms"}  # without it the docs lose their links
+
+
+# ---------------------------------------------------------------- pins
+
+
+@pytest.mark.parametrize("version", ["3.10", "3.12"])
+def test_constraints_pin_all_that_settings_name(settings, version):
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"): continue
+        pin = Requirement(line)
+        if pin.marker and not pin.marker.evaluate({"python_version": version, "python_full_version": version + ".9"}): continue
+        (only,) = pin.specifier
+        assert only.operator == "==" and pin.name not in pins, line
+        pins[canonicalize_name(pin.name)] = only.version
+    for key in ("requirements", *(f"{extra}_requirements" for extra in EXTRAS)):
+        for need in map(Requirement, settings[key].split()):
+            assert need.specifier.contains(pins[canonicalize_name(need.name)]), f"{need} is not what constraints.txt pins"
