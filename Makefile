@@ -13,8 +13,9 @@ help:
 	@echo "make prepare   before a commit: clean, export, test, clean, README"
 	@echo "make clean     remove what was built (not .venv, not runs)"
 
+# One thread: the networks are small, and threads that wait for each other on a busy machine take five times as long.
 demo: .venv/ready
-	$(BIN)/memory_notebook run agent --data digits --seeds 3 --out runs
+	OMP_NUM_THREADS=1 $(BIN)/memory_notebook run agent --data digits --seeds 3 --out runs
 
 test: .venv/ready
 	$(BIN)/python .ci/test.py
@@ -46,7 +47,7 @@ clean:
 .venv/ready: settings.ini setup.py constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: install Python 3.10 or newer"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "$$($(PYTHON) --version) is too old: name a Python from 3.10 on, as in make PYTHON=python3.12 demo"; exit 1; }
+		{ echo "$$($(PYTHON) --version 2>&1) is too old: name a Python from 3.10 on, as in make PYTHON=python3.12 demo"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "$(PYTHON) cannot make virtual environments: install its venv module (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
 	@$(PIP) --version >/dev/null 2>&1 || { echo "Making .venv"; $(PYTHON) -m venv --clear .venv; }

@@ -210,10 +210,10 @@ def show_memory(
     title: str = "episodic memory",
 ):
     "Draw the slots as rows of a matrix, and their usage beside it."
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     memory, usage = (t.detach().float().cpu() for t in (state.state if isinstance(state, LastingMemory) else state))
     if memory.dim() == 3: memory, usage = memory[item], usage[item]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(6.5, 2.8), dpi=90, sharey=True, width_ratios=[5, 1], layout="constrained")
+    fig = Figure(figsize=(6.5, 2.8), dpi=90, layout="constrained"); left, right = fig.subplots(1, 2, sharey=True, width_ratios=[5, 1])
     image = left.imshow(memory, aspect="auto", cmap="cividis", interpolation="nearest")
     left.set(xlabel="feature", ylabel="slot", title=title); fig.colorbar(image, ax=left, label="value", pad=.01)
     right.barh(range(len(usage)), usage, color="#0072B2"); right.set(xlabel="usage", xlim=(0, 1)); left.yaxis.get_major_locator().set_params(integer=True)

@@ -1,5 +1,4 @@
 """Two processes training together end with the weights of one process that sees both batches at once, and resume alike."""
-import json
 import os
 import socket
 import subprocess
