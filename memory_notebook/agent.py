@@ -419,8 +419,9 @@ def agent(
         if {"naive.forgetting", "agent.forgetting"} <= row.keys():  # 0 where there was nothing to reduce
             row["forgetting_reduction"] = 1 - row["agent.forgetting"] / row["naive.forgetting"] if row["naive.forgetting"] > 0 else 0.0
         rows.append(row)
+    metrics = over_seeds(rows)
     run.figure("agent", plot_stream({k: torch.tensor(v) for k, v in curves.items()}, data))
-    return over_seeds(rows)
+    return metrics
 
 # %% ../nbs/04a_agent.ipynb #2f67125a
 COLOURS = {"naive": "#D55E00", "memory": "#CC79A7", "meta": "#999999", "memory+meta": "#56B4E9", "replay": "#0072B2", "replay+memory": "#E69F00", "replay+meta": "#000000",

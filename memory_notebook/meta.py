@@ -137,7 +137,7 @@ class MetaLearner(FastWeights):
         steps: int | None = None,  # gradient steps; default `inner_steps`
         lr: float | None = None,  # step size; default `inner_lr`, or what was learned
     ) -> Params:  # fast weights by name, for `learner(x, params)`
-        "Fast weights for one task. Finn et al. 2017, eq. 1."
+        "Fast weights for one task. Finn et al. 2017, section 2.2."
         _check_tasks((x, y), batched=False)
         return self._adapt(x, y, steps, lr)
 
@@ -161,7 +161,7 @@ class MetaLearner(FastWeights):
         return vmap(task, randomness="different")(x, y, xq, yq)
 
     def meta_step(self, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, xq: Tensor, yq: Tensor) -> Tensor:
-        "One step of the slow weights on a batch of tasks; returns the mean query loss before it."
+        "One step of the slow weights on a batch of tasks (Finn et al. 2017, eq. 1); returns the mean query loss before it."
         optimizer.zero_grad()
         if self.algorithm == "reptile":  # move towards the mean of the adapted weights
             with torch.no_grad():
@@ -173,11 +173,9 @@ class MetaLearner(FastWeights):
         optimizer.step()
         return loss.detach()
 
-# %% ../nbs/04_meta.ipynb #27046e21
-def loop_loss(
-    learner: MetaLearner, x: Tensor, y: Tensor, xq: Tensor, yq: Tensor,  # as for `outer_losses`
-) -> Tensor:  # mean query loss after adaptation
-    "MAML as it is usually written: task after task, with autograd's second derivatives. For tests and timing."
+# %% ../nbs/04_meta.ipynb #5daf912a
+def loop_loss(learner: MetaLearner, x: Tensor, y: Tensor, xq: Tensor, yq: Tensor) -> Tensor:
+    "MAML as it is usually written, task after task: the mean of `outer_losses` with the same arguments. For tests and timing."
     losses, start = [], learner.start()
     for task in range(len(x)):
         fast = dict(start)
@@ -293,18 +291,17 @@ class Sequences(NamedTuple):
     y: Tensor  # (b, t) labels, dealt anew in each episode
     instance: Tensor  # (b, t) 1 when a class is shown for the first time, 2 for the second ...
 
-# %% ../nbs/04_meta.ipynb #d67788c6
+# %% ../nbs/04_meta.ipynb #db328534
 def jitter(
     x: Tensor,  # (..., H, W)
     generator: torch.Generator | None = None,
-    angle: float = math.pi / 16,  # largest turn
-    shift: float = 0.1,  # largest shift, as a share of the picture
+    angle: float = math.pi / 16, shift: float = 0.1,  # largest turn, and largest shift as a share of the picture
 ) -> Tensor:
     "Turn and shift every picture a little."
     m, draw = x.shape[:-2].numel(), lambda *s: 2 * torch.rand(*s, generator=generator) - 1
     turn, move = angle * draw(m), 2 * shift * draw(m, 2)
-    rows = torch.stack([turn.cos(), -turn.sin(), move[:, 0], turn.sin(), turn.cos(), move[:, 1]], -1).view(m, 2, 3).to(x)
-    grid = F.affine_grid(rows, (m, 1, *x.shape[-2:]), align_corners=False)
+    rows = torch.stack([turn.cos(), -turn.sin(), move[:, 0], turn.sin(), turn.cos(), move[:, 1]], -1).to(x)
+    grid = F.affine_grid(rows.view(m, 2, 3), (m, 1, *x.shape[-2:]), align_corners=False)
     return F.grid_sample(x.reshape(m, 1, *x.shape[-2:]), grid, align_corners=False).view_as(x)
 
 # %% ../nbs/04_meta.ipynb #23e68aaf
@@ -507,6 +504,13 @@ class Recall(NamedTuple):
     confidence: Tensor  # (b,) its share among the nearest keys, 0 ... 1
     loss: Tensor | None  # margin between the nearest right and the nearest wrong key; None without labels
 
+# %% ../nbs/04_meta.ipynb #63a121a6
+def _oldest(values: Tensor, ages: Tensor, keep: Tensor, k: int) -> Tensor:
+    "The k oldest slots, empty ones first, those in `keep` never; chance breaks ties."
+    age = torch.where(values < 0, math.inf, ages + torch.rand(len(ages), dtype=torch.float64, device=ages.device))
+    age[keep] = -1
+    return age.topk(k).indices
+
 # %% ../nbs/04_meta.ipynb #3c36cbfd
 class KeyStore(nn.Module):
     "Unit keys with labels and ages: buffers that last across calls and are saved in the state_dict."
@@ -524,24 +528,17 @@ class KeyStore(nn.Module):
         self.keys.zero_(); self.values.fill_(-1); self.ages.zero_()
 
     @torch.no_grad()
-    def write(
-        self,
-        q: Tensor,  # (b, w) unit queries
-        y: Tensor,  # (b,) their labels
-        nearest: Tensor,  # (b,) the slot most like each query
-    ) -> None:
-        "Right: average the query into that key. Wrong: take the oldest slot, one each. Kaiser et al. 2017, section 2."
+    def write(self, q: Tensor, y: Tensor, nearest: Tensor) -> None:
+        "Right: average queries q (b, w) into their nearest key. Wrong: take the oldest slot, one each. Kaiser et al. 2017, section 2."
         if len(y) > len(self.values):
             raise ValueError(f"a batch of {len(y)} does not fit into {len(self.values)} slots: use smaller batches or more slots")
-        hit = self.values[nearest] == y
+        hit, q = self.values[nearest] == y, q.to(self.keys.dtype)
         slots = nearest[hit]
         self.ages += 1
-        self.keys.index_add_(0, slots, q[hit].to(self.keys.dtype))  # several queries may confirm the same key
+        self.keys.index_add_(0, slots, q[hit])  # several queries may confirm the same key
         self.keys[slots], self.ages[slots] = unit(self.keys[slots]), 0
-        age = torch.where(self.values < 0, math.inf, self.ages + torch.rand(len(self.ages), dtype=torch.float64, device=q.device))
-        age[slots] = -1  # what was just confirmed stays
-        oldest = age.topk(len(y) - len(slots)).indices
-        self.keys[oldest], self.values[oldest], self.ages[oldest] = q[~hit].to(self.keys.dtype), y[~hit], 0
+        new = _oldest(self.values, self.ages, slots, len(y) - len(slots))
+        self.keys[new], self.values[new], self.ages[new] = q[~hit], y[~hit], 0
 
 # %% ../nbs/04_meta.ipynb #63eab1df
 class RareEventMemory(KeyStore):
@@ -706,7 +703,7 @@ def omniglot(
     *,
     seeds: int = 3,
     updates: int = 4000,  # of 16 episodes, for MANN and LSTM with 5 classes
-    many_seeds: int = 2,  # for 15 classes, and for the paper's write rule
+    many_seeds: int = 1,  # for 15 classes, and for the paper's write rule
     many_updates: int = 1500,  # for these two
     few_shot_updates: int = 1000,  # of one 20-way task, for prototypes and rare events
     device: str = "auto",
