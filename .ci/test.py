@@ -12,7 +12,7 @@ BIN = Path(sys.executable).parent
 
 
 def run_notebooks():
-    "Run nbdev_test, show its lines as they come. Returns the number of notebooks that passed, and of all others."
+    "Run nbdev_test, show its lines as they come. Returns how many ran, passed and failed, and which failed."
     want = {p.name for p in ROOT.glob("nbs/**/*.ipynb") if not any(part[0] in "_." for part in p.relative_to(ROOT).parts)}
     lines = []
     # A group of its own: nbdev_test would wait for all its workers after Ctrl-C, so they are ended here.
@@ -26,30 +26,31 @@ def run_notebooks():
     done = {Path(p).name for p in re.findall(r"- Completed (.+?\.ipynb)", out)}
     listed = re.search(r"Failed On The Following Notebooks:\n=+\n((?:\t.+\n?)+)", out)
     wrong = set(listed[1].split()) if listed else set()
-    if lost := want - done: print("not completed: " + ", ".join(sorted(lost)))
-    passed = len((want & done) - wrong)
-    return passed, max(len(want) - passed, int(broken or not want))
+    bad = sorted(want - (done - wrong))
+    return len(want & done), len(want) - len(bad), max(len(bad), int(broken or not want)), bad
 
 
 def run_tests():
-    "Run pytest. Returns the number of tests that passed, failed and were skipped."
+    "Run pytest. Returns how many tests ran, passed, failed and were skipped."
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         code = subprocess.run([sys.executable, "-m", "pytest", "tests", f"--junitxml={report}"], stdin=subprocess.DEVNULL).returncode
         suite = ElementTree.parse(report).getroot().find("testsuite").attrib if report.exists() else {}
-    ran, failures, errors, skipped = (int(suite.get(k, 0)) for k in ("tests", "failures", "errors", "skipped"))
-    return ran - failures - errors - skipped, max(failures + errors, int(code != 0)), skipped
+    found, failures, errors, skipped = (int(suite.get(k, 0)) for k in ("tests", "failures", "errors", "skipped"))
+    return found - skipped, found - skipped - failures - errors, max(failures + errors, int(code != 0)), skipped
 
 
 def main():
     os.chdir(ROOT)
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}  # one notebook or test, one core; lines appear when they are printed
     for s in (signal.SIGTERM, signal.SIGHUP): signal.signal(s, lambda s, _: sys.exit(128 + s))
-    notebooks, bad_notebooks = run_notebooks()
-    tests, bad_tests, skipped = run_tests()
-    print(f"\nnotebooks: {notebooks + bad_notebooks}, tests: {tests + bad_tests}, and {skipped} skipped")
-    print(f"total: {notebooks + tests} passed, {bad_notebooks + bad_tests} failed", flush=True)
-    return bool(bad_notebooks + bad_tests)
+    notebooks, *nb_counts, bad = run_notebooks()
+    tests, *test_counts, skipped = run_tests()
+    passed, failed = map(sum, zip(nb_counts, test_counts))
+    print(f"\n{notebooks} notebooks and {tests} tests ran, {skipped} tests were skipped")
+    if bad: print("notebooks to mend: " + ", ".join(bad))
+    print(f"total: {passed} passed, {failed} failed", flush=True)
+    return bool(failed)
 
 
 if __name__ == "__main__":

@@ -479,8 +479,9 @@ def _questions(text: str, task: int) -> list[Question]:
         else: row[number] = len(story); story.append(rest)
     return out
 
-# %% ../nbs/00a_data.ipynb #c5255a5c
+# %% ../nbs/00a_data.ipynb #d005bf95
 class Babi(NamedTuple):
+    "The questions of one or more tasks, as published: training and test"
     train: list[Question]
     test: list[Question]
 

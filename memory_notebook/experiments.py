@@ -256,6 +256,7 @@ def show_list(
     name: str = typer.Argument("", help="an experiment or a benchmark"),
     as_json: bool = typer.Option(False, "--json", help="as JSON"),
 ) -> None:
+    "`memory_notebook list`: names and help lines, or the options of one name."
     keys = find(name) if name else list(CHAPTERS)
     rows = [{"name": k.split(":")[1], "kind": k.split(":")[0], "help": CHAPTERS[k].help} for k in keys]
     if name: rows = [r | {"options": [s._asdict() for s in settings(load(k).fn)]} for k, r in zip(keys, rows)]
@@ -273,6 +274,7 @@ def show_data(
     fetch: bool = typer.Option(False, "--fetch", help="download what is missing of NAME, and check every file"),
     as_json: bool = typer.Option(False, "--json", help="as JSON"),
 ) -> None:
+    "`memory_notebook data`: what there is, and with --fetch the files themselves."
     from memory_notebook import data
     if name and name not in data.DATASETS: raise Usage(unknown("data set", name, list(data.DATASETS), "data"))
     if fetch and not name: raise Usage("--fetch needs the name of a data set: `memory_notebook data` shows all")

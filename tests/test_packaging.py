@@ -46,7 +46,7 @@ def exports(notebook: Path) -> str:
 # ---------------------------------------------------------------- import
 
 
-def test_the_package_alone_imports_nothing_else(record_property):
+def test_the_package_alone_imports_nothing_else(record_testsuite_property):
     out = python("""
 import sys, time
 before, start = set(sys.modules), time.perf_counter()
@@ -54,7 +54,7 @@ import memory_notebook
 took = time.perf_counter() - start
 print(took, *{name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)""")
     took, *modules = out.split()
-    record_property("import_s", took)  # reported only: a busy machine is no failure
+    record_testsuite_property("import_s", took)  # reported only: a busy machine is no failure
     assert modules == ["memory_notebook"]
 
 
