@@ -15,7 +15,7 @@ help:
 
 # One thread: the networks are small, and threads that wait for each other on a busy machine take five times as long.
 demo: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/memory_notebook run agent --data digits --seeds 3 --out runs
+	$(BIN)/memory_notebook run agent --data digits --seeds 3 --out runs
 
 test: .venv/ready
 	$(BIN)/python .ci/test.py
@@ -27,7 +27,7 @@ lab: .venv/ready
 docs: quarto .venv/ready
 	$(BIN)/python .ci/docs.py --readme
 	touch README.md
-	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_docs
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_docs
 
 quarto:
 	@command -v quarto >/dev/null || { echo "quarto is missing: see https://quarto.org/docs/get-started/"; exit 1; }

@@ -183,6 +183,7 @@ def execute(
     given: dict[str, Any],  # the experiment's options as typed, None where nothing was
     *,
     out: Path = typer.Option(Path("runs"), metavar="PATH", help="results go to OUT/NAME/TIME"),
+    threads: int = typer.Option(1, help="processor threads; networks this small lose time to a second one"),
     resume: bool = typer.Option(False, "--resume", help="go on with the newest unfinished run of the same configuration"),
     as_json: bool = typer.Option(False, "--json", help="print the result as JSON and nothing else"),
     save: bool = typer.Option(False, "--save", help="also keep the result in nbs/results, in a checkout of the book"),
@@ -192,7 +193,9 @@ def execute(
     if debug: os.environ["MEMORY_NOTEBOOK_DEBUG"] = "1"
     lines: list[str] = []  # the last one names the folder
     with contextlib.redirect_stdout(sys.stderr):
-        from memory_notebook.train import run_experiment, save_result, tqdm
+        from memory_notebook.train import run_experiment, save_result, torch, tqdm
+        if threads < 1: raise Usage(f"--threads {threads}: expected at least 1")
+        torch.set_num_threads(threads)
         def log(text: str) -> None: lines.append(text); tqdm.write(text, file=sys.stderr)  # above a progress bar
         exp = load(key); config = _configure(exp, given); kept = _kept(exp, config) if save else None
         try: result = run_experiment(key, out=out, resume=resume, log=log, **config)

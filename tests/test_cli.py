@@ -13,7 +13,7 @@ import pytest
 
 from memory_notebook import experiments
 
-TINY = ["run", "agent", "--data", "digits", "--seeds", "1", "--epochs", "3", "--no-joint", "--device", "cpu", "--json"]
+TINY = ["run", "agent", "--data", "digits", "--seeds", "1", "--epochs", "3", "--device", "cpu", "--json"]
 
 
 def start(*args, **env) -> subprocess.Popen:
