@@ -703,8 +703,7 @@ def omniglot(
     *,
     seeds: int = 3,
     updates: int = 4000,  # of 16 episodes, for MANN and LSTM with 5 classes
-    many_seeds: int = 1,  # for 15 classes, and for the paper's write rule
-    many_updates: int = 1500,  # for these two
+    many_updates: int = 1500,  # for 15 classes, and for the paper's write rule
     few_shot_updates: int = 1000,  # of one 20-way task, for prototypes and rare events
     device: str = "auto",
 ) -> dict:
@@ -716,7 +715,7 @@ def omniglot(
         metrics.update({f"{name}.{k}": v for k, v in over_seeds(rows).items()})
     collect("mann", "mann5", seeds, lambda s: sequence_unit("mann", small, 5, s, updates, d))
     collect("lstm", "lstm5", seeds, lambda s: sequence_unit("lstm", small, 5, s, updates, d))
-    collect("paper_form", "paper_form5", many_seeds, lambda s: sequence_unit("paper_form", small, 5, s, many_updates, d))
-    collect("mann15", "mann15", many_seeds, lambda s: sequence_unit("mann", small, 15, s, many_updates, d))
+    collect("paper_form", "paper_form5", seeds, lambda s: sequence_unit("paper_form", small, 5, s, many_updates, d))
+    collect("mann15", "mann15", seeds, lambda s: sequence_unit("mann", small, 15, s, many_updates, d))
     for kind in ("proto", "rare"): collect(kind, kind, seeds, lambda s: few_shot_unit(kind, large, s, few_shot_updates, device=d))
     return metrics
