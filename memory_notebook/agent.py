@@ -60,7 +60,7 @@ def split_tasks(images: tuple[Tensor, Tensor, Tensor, Tensor], seed: int = 0, pe
     "Ten classes of images, in tasks of `per_task` classes; which go together is drawn by the seed (seed 0 keeps 0 to 9)."
     x, y, xt, yt = images
     classes = torch.arange(10) if seed == 0 else torch.randperm(10, generator=torch.Generator().manual_seed(seed))
-    pick = lambda x, y, c: (x[m].flatten(1), y[m]) if (m := torch.isin(y, c)).any() else None
+    pick = lambda x, y, c: (x[m := torch.isin(y, c)].flatten(1), y[m])
     return [Task(" ".join(map(str, sorted(c.tolist()))), *pick(x, y, c), *pick(xt, yt, c)) for c in classes.split(per_task)]
 
 
@@ -224,13 +224,14 @@ def predict(self: ContinualAgent, x: Tensor, task: int | Tensor | None = None) -
 
 
 def evaluate(self: ContinualAgent,
-    data: TensorDataset | tuple[Tensor, Tensor] | Iterable,  # a data set, a pair of tensors, or pairs (x, y)
+    data: TensorDataset | tuple[Tensor, Tensor] | list,  # a data set, a pair of tensors, or a list of pairs (x, y)
     task: int | None = None,  # number of the task, if the agent is told
 ) -> float:  # mean squared error, or share of wrong answers
     "Error on data; nothing is written."
     if isinstance(data, TensorDataset): data = data.tensors
-    elif not (isinstance(data, tuple) and isinstance(data[0], Tensor)): data = tuple(map(torch.stack, zip(*((x, torch.as_tensor(y)) for x, y in data)))) or (torch.empty(0),) * 2
-    if not len(data[0]): raise ValueError("no sample to evaluate on: the data set is empty")
+    if not len(data) or not len(data[0]): raise ValueError("no sample to evaluate on: the data set is empty")
+    if not (isinstance(data, tuple) and isinstance(data[0], Tensor)):  # pairs
+        data = torch.stack([x for x, _ in data]), torch.stack([torch.as_tensor(y) for _, y in data])
     out = self.predict(data[0], task); y = self._targets(data[1], len(out))
     return (out.argmax(-1) != y).float().mean().item() if self.kind == "classification" else F.mse_loss(out, y).item()
 

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# %% ../nbs/00_core.ipynb #8b104114
-def _check_width(keys: Tensor, memory: Tensor) -> None:
-    "Keys and slots must be equally wide."
-    if keys.dim() < 2 or memory.dim() < 2:
-        raise ValueError(f"expected keys (..., h, w) and memory (..., n, w), got {tuple(keys.shape)} and {tuple(memory.shape)}: "
-                         "give keys a head axis, keys.unsqueeze(-2)")
-    if keys.shape[-1] != memory.shape[-1]:
-        raise ValueError(f"keys are {keys.shape[-1]} wide and memory slots {memory.shape[-1]}: project the keys to the slot width")
+# %% ../nbs/00_core.ipynb #1ca6bb7d
+def _check_width(vectors: Tensor, memory: Tensor, what: str = "keys") -> None:
+    "Vectors of the heads and slots must be equally wide."
+    if vectors.dim() < 2 or memory.dim() < 2:
+        raise ValueError(f"expected {what} (..., h, w) and memory (..., n, w), got {tuple(vectors.shape)} and {tuple(memory.shape)}: "
+                         f"give {what} a head axis, .unsqueeze(-2)")
+    if vectors.shape[-1] != memory.shape[-1]:
+        raise ValueError(f"{what} are {vectors.shape[-1]} wide and memory slots {memory.shape[-1]}: project them to the slot width")
 
 
 def _check_weights(weights: Tensor, slots: int, what: str = "weights") -> None:
@@ -94,7 +94,7 @@ def erase_add(
     add: Tensor,  # (..., h, w) what to add
 ) -> Tensor:  # (..., n, w) the new memory; the old one is untouched
     "All heads erase, then all heads add. Graves et al. 2014, eqs. 3-4."
-    _check_weights(weights, memory.shape[-2]); _check_width(erase, memory); _check_width(add, memory)
+    _check_weights(weights, memory.shape[-2]); _check_width(erase, memory, "erase vectors"); _check_width(add, memory, "add vectors")
     if weights.shape[-2] == 1: keep = 1 - weights.mT * erase  # (..., n, w) one head needs no product over heads
     else: keep = (1 - weights.unsqueeze(-1) * erase.unsqueeze(-2)).prod(-3)
     return memory * keep + weights.mT @ add
