@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from .controller import MemoryController
-from .core import check_finite, set_seed
+from .core import check_finite
 from .data import load_digits, load_mnist
 from .episodic import EpisodicMemory, EpisodicMemoryConfig
 from .meta import MetaLearner
@@ -135,10 +135,10 @@ class ContinualAgent:
         config = config or EpisodicMemoryConfig(memory_slots=128, slot_dim=32 + output_dim, key_dim=32, read_heads=1, novelty=0.95)
         if config.slot_dim != config.key_dim + output_dim:
             raise ValueError(f"a slot of {config.slot_dim} numbers must hold a key of {config.key_dim} and an answer of {output_dim}: set slot_dim to {config.key_dim + output_dim}")
-        set_seed(seed)
         self.config, self.kind, self.output_dim, self.use_memory, self.replay_batch = config, kind, output_dim, memory, replay_batch
         self.device, self.tasks = pick_device(device), tasks
-        self.net = build_net(input_dim, hidden_dim, output_dim, config, tasks, trust, controller).to(self.device)
+        with torch.random.fork_rng(devices=[]):  # the global generator stays as it was
+            torch.manual_seed(seed); self.net = build_net(input_dim, hidden_dim, output_dim, config, tasks, trust, controller).to(self.device)
         self.learner = MetaLearner(self.net, inner_lr, 1, "fomaml", lambda out, y: self.losses(out, y).mean()) if meta else None
         self.replay = ReplayBuffer(capacity, strategy or ("class_balanced" if kind == "classification" else "reservoir"), seed=seed) if replay else None
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr)
