@@ -134,7 +134,9 @@ def wait_for(process: subprocess.Popen, units: Path, count: int) -> None:
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_interrupted_killed_and_resumed(undisturbed, tmp_path):
     first = start(*TINY, "--out", tmp_path)
-    wait_for(first, tmp_path / "agent", 2); first.send_signal(signal.SIGINT)
+    for count in (2, 4, 6):  # Python drops an interrupt that falls into a finalizer; if the run goes on, press Ctrl-C again
+        wait_for(first, tmp_path / "agent", count)
+        if first.poll() is None: first.send_signal(signal.SIGINT)
     out, err = first.communicate(timeout=60)
     last = err.splitlines()[-1]
     assert (first.returncode, out) == (130, "") and "Traceback" not in err
