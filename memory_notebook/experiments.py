@@ -39,10 +39,18 @@ class Chapter(NamedTuple):
 
 CHAPTERS: dict[str, Chapter] = {
     "experiment:agent": Chapter(".agent", "agent", "a stream of tasks, with and without replay, memory and meta-learning"),
+    "experiment:split-mnist": Chapter(
+        ".continual", "split_mnist", "Split MNIST: every method in three scenarios, beside van de Ven et al. 2022"),
+    "experiment:permuted-mnist": Chapter(
+        ".continual", "permuted_mnist", "Permuted MNIST, 20 contexts: SGD, EWC, ER, A-GEM, DER and DER++ beside Buzzega et al. 2020"),
+    "experiment:transfer": Chapter(
+        ".continual", "transfer", "backward and forward transfer between contexts that are rotated a little or a lot"),
     "experiment:sinusoid": Chapter(
         ".meta", "sinusoid", "few-shot regression of sine waves: MAML and its relatives against joint pretraining"),
     "experiment:omniglot": Chapter(".meta", "omniglot", "one-shot characters: MANN, LSTM, prototypes and the memory of rare events"),
     "benchmark:replay": Chapter(".replay", "bench_replay", "draws, updates and additions of replay buffers, side by side", "replay_table"),
+    "benchmark:continual": Chapter(
+        ".continual", "bench_continual", "a training step beside avalanche, the code of van de Ven et al. and bare matrix products", "continual_table"),
     "benchmark:maml": Chapter(".meta", "bench_maml", "a second-order MAML step: the tasks side by side against a loop over them"),
 }
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import check_finite, set_seed
+from .core import check_finite
 from .data import load_digits
 from .train import load_checkpoint, pick_device, progress_bar, rng_state, save_checkpoint, set_rng_state
 
@@ -123,50 +123,7 @@ def split_stream(
     names = tuple(" ".join(map(str, order[t * k:(t + 1) * k].tolist())) for t in range(contexts))
     return Stream(part(x, y), part(u, v), k, names=names)
 
-
-def _same_rows(x: Tensor, contexts: int, samples: int | None, seed: int) -> tuple[Tensor, ...]:
-    "All rows in every context, or `samples` of them, drawn anew for each."
-    if samples is None: return (torch.arange(len(x)),) * contexts
-    return tuple(torch.randperm(len(x), generator=torch.Generator().manual_seed(seed * 1009 + t))[:samples] for t in range(contexts))
-
-
-def permuted_stream(
-    data: tuple[Tensor, Tensor, Tensor, Tensor],
-    contexts: int = 20,
-    samples: int | None = None,  # training samples in each context; None: all
-    seed: int = 0,  # of the permutations
-) -> Stream:
-    "Each context has all classes, and its own order of pixels. Goodfellow et al. 2013."
-    x, y, u, v = _pairs(data); g = torch.Generator().manual_seed(seed)
-    orders = torch.stack([torch.randperm(x.shape[1], generator=g) for _ in range(contexts)])
-    tests = (torch.arange(len(u)),) * contexts
-    return Stream(Part(x, y, _same_rows(x, contexts, samples, seed)), Part(u, v, tests), int(y.max()) + 1, "domain",
-                  lambda x, t: x[:, orders[t].to(x.device)], names=tuple(f"order {t + 1}" for t in range(contexts)))
-
-# %% ../nbs/04aa_streams.ipynb #4d7c3367
-def _pairs(data: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    "Four tensors x_train, y_train, x_test, y_test, images flattened."
-    if len(data) != 4: raise ValueError(f"expected (x_train, y_train, x_test, y_test), got {len(data)} parts")
-    x, y, u, v = data
-    return x.flatten(1), y, u.flatten(1), v
-
-
-def split_stream(
-    data: tuple[Tensor, Tensor, Tensor, Tensor],  # x_train, y_train, x_test, y_test
-    contexts: int = 5,
-    seed: int | None = None,  # of the order of classes; None: as they are numbered
-) -> Stream:
-    "Each context has its own classes: Split MNIST and the like."
-    x, y, u, v = _pairs(data); total = int(y.max()) + 1
-    if total % contexts: raise ValueError(f"{total} classes cannot be dealt evenly into {contexts} contexts")
-    k = total // contexts
-    order = torch.arange(total) if seed is None else torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-    place = torch.empty_like(order).index_copy_(0, order, torch.arange(total))  # class -> its number in the stream
-    part = lambda x, y: Part(x, place[y] % k, tuple((place[y] // k == t).nonzero()[:, 0] for t in range(contexts)))
-    names = tuple(" ".join(map(str, order[t * k:(t + 1) * k].tolist())) for t in range(contexts))
-    return Stream(part(x, y), part(u, v), k, names=names)
-
-
+# %% ../nbs/04aa_streams.ipynb #f3b256e3
 def _same_rows(x: Tensor, contexts: int, samples: int | None, seed: int) -> tuple[Tensor, ...]:
     "All rows in every context, or `samples` of them, drawn anew for each."
     if samples is None: return (torch.arange(len(x)),) * contexts
