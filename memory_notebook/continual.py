@@ -205,7 +205,7 @@ class Recipe(NamedTuple):
 def recipes(buffer: int = 200) -> dict[str, Recipe]:
     "Settings for a buffer of so many samples; mammoth has them for 200, 500 and 5120."
     lr, alpha, beta = (0.1, 1.0, 1.0) if buffer < 500 else (0.2, 1.0, 0.5) if buffer < 5120 else (0.2, 0.5, 1.0)
-    return {"none": Recipe(0.2), "joint": Recipe(0.2, together=True), "oewc": Recipe(0.1, (EWC(10.0, online=True, samples=6000),)),
+    return {"none": Recipe(0.2), "joint": Recipe(0.2, together=True), "oewc": Recipe(0.1, (EWC(3.0, online=True, samples=6000),)),
             "er": Recipe(0.2, (ER(buffer, share=0.5),)), "agem": Recipe(0.1, (AGEM(buffer),)),
             "der": Recipe(0.2, (DER(buffer, 1.0 if buffer < 5120 else 0.5),)), "derpp": Recipe(lr, (DER(buffer, alpha, beta),))}
 
@@ -545,10 +545,10 @@ class ContinualLearningTrainer:
         model: nn.Module,  # (x, task) -> output, or x -> output
         optimizer: torch.optim.Optimizer,
         criterion: Callable,  # (output, target) -> mean loss
-        methods: Iterable[Method] | None = None,  # None: SI with c = 1
+        methods: Iterable[Method] | None = None,  # None: SI with c = 100
         seed: int = 0,
     ):
-        methods = [SI(1.0)] if methods is None else list(methods)
+        methods = [SI(100.0)] if methods is None else list(methods)
         self.learner = Learner(model, optimizer, [Criterion(criterion), *methods], seed, next(model.parameters()).device)
         self.tests: list[tuple[Tensor, Tensor]] = []
 

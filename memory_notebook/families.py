@@ -32,7 +32,7 @@ class ER(Method):
             raise ValueError(f"strategy is {strategy!r}: choose 'reservoir', 'class_balanced' or 'per_class'")
         if share is not None and not 0 < share <= 1: raise ValueError(f"share is {share}: expected more than 0 and at most 1")
         self.capacity, self.strategy, self.batch_size, self.share = capacity, strategy, batch_size, share
-        self.boundaries = strategy == "per_class"
+        self.boundaries = strategy != "reservoir"
 
     def start(self, learner: Learner) -> None:
         if learner.stream.classes is None and self.strategy != "reservoir":
