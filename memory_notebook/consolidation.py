@@ -100,11 +100,11 @@ def fisher(
 
 def _squares(logits: Tensor, outs: list[Tensor]) -> list[Tensor]:
     "Σ_c p_c δ_c² at each layer, (b, units)."
-    p = logits.detach().softmax(1); squares = [0.0] * len(outs)
+    p, squares = logits.detach().softmax(1), [torch.zeros_like(o) for o in outs]
     for c in range(p.shape[1]):
         g = F.one_hot(torch.full((len(p),), c, device=p.device), p.shape[1]) - p
         deltas = torch.autograd.grad(logits, outs, g * p[:, c:c + 1].sqrt(), retain_graph=c + 1 < p.shape[1])
-        squares = [s + d.square() for s, d in zip(squares, deltas)]
+        torch._foreach_addcmul_(squares, deltas, deltas)
     return squares
 
 # %% ../nbs/04ab_consolidation.ipynb #1e224d93
