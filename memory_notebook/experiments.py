@@ -39,6 +39,8 @@ class Chapter(NamedTuple):
 
 CHAPTERS: dict[str, Chapter] = {
     "experiment:agent": Chapter(".agent", "agent", "a stream of tasks, with and without replay, memory and meta-learning"),
+    "experiment:split-mnist": Chapter(
+        ".continual", "split_mnist", "Split MNIST: every method in three scenarios, beside van de Ven et al. 2022"),
     "experiment:sinusoid": Chapter(
         ".meta", "sinusoid", "few-shot regression of sine waves: MAML and its relatives against joint pretraining"),
     "experiment:omniglot": Chapter(".meta", "omniglot", "one-shot characters: MANN, LSTM, prototypes and the memory of rare events"),
