@@ -473,12 +473,11 @@ class SLDA(Templates):
     @torch.no_grad()
     def learn(self, x: Tensor, y: Tensor, context: Tensor) -> None:
         f, label = self.features(x), y + self.classes * context
-        present, place, m = label.unique(return_inverse=True, return_counts=True)
+        present, place, new = label.unique(return_inverse=True, return_counts=True); n, m = self.counts[present].to(f), new.to(f)
         mean = f.new_zeros(len(present), f.shape[1]).index_add_(0, place, f) / m[:, None]
-        n, step = self.counts[present], mean - self.means[present]
-        away = torch.cat([f - mean[place], step * (n * m / (n + m)).sqrt()[:, None].to(f)])
-        self.scatter.addmm_(away.t(), away); self.counts[present] += m; self._solved = None
-        self.means[present] += step * (m / (n + m))[:, None].to(f)
+        step = mean - self.means[present]; away = torch.cat([f - mean[place], step * (n * m / (n + m)).sqrt()[:, None]])
+        self.scatter.addmm_(away.t(), away); self.counts[present] += new; self._solved = None
+        self.means[present] += step * (m / (n + m))[:, None]
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:  # (b, outputs)
