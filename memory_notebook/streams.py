@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Part', 'Stream', 'draw', 'to', 'answer', 'split_stream', 'permuted_stream', 'rotate', 'rotated_stream', 'Walk',
-           'Results', 'forgetting_of', 'transitions', 'intransigence', 'row', 'plot', 'MLP', 'Method', 'size_of', 'ask',
-           'Learner', 'adam', 'losses', 'train_step', 'score', 'predict', 'test', 'fit', 'start', 'learn_context',
-           'state_dict', 'load_state_dict', 'Curve', 'forgetting_curves']
+           'Results', 'forgetting_of', 'transitions', 'intransigence', 'row', 'plot', 'onednn', 'Linear', 'MLP',
+           'Method', 'size_of', 'ask', 'Learner', 'adam', 'losses', 'train_step', 'score', 'predict', 'test', 'fit',
+           'start', 'learn_context', 'state_dict', 'load_state_dict', 'Curve', 'forgetting_curves']
 
 # %% ../nbs/04aa_streams.ipynb #876110cf
 import math
@@ -332,15 +332,48 @@ def plot(self: Results, ax=None):
 
 Results.plot = plot
 
+# %% ../nbs/04aa_streams.ipynb #f7b6324d
+def _amd() -> bool:
+    "Whether this is an AMD processor with AVX-512 and torch can call oneDNN."
+    info = Path("/proc/cpuinfo")
+    return (info.is_file() and "AuthenticAMD" in info.read_text() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+            and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+
+
+def onednn(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    "x wᵀ + b by oneDNN."
+    return torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return onednn(x, w, b)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        (x, w), (of_x, of_w, of_b) = ctx.saved_tensors, ctx.needs_input_grad
+        return onednn(g, w.t()) if of_x else None, onednn(g.t(), x.t()) if of_w else None, g.sum(0) if of_b else None
+
+
+class Linear(nn.Linear):
+    "`nn.Linear` by the faster library; as any autograd function written by hand, not for `torch.func` or second derivatives: set `fast = False` there."
+    fast = _amd()
+
+    def forward(self, x: Tensor) -> Tensor:
+        fast = self.fast and x.dim() == 2 and len(x) and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32
+        return _Product.apply(x, self.weight, self.bias) if fast and not torch.is_autocast_enabled("cpu") else super().forward(x)
+
 # %% ../nbs/04aa_streams.ipynb #5569decb
 class MLP(nn.Module):
     "Linear layers with ReLU between them."
     def __init__(self, inputs: int, outputs: int, hidden: Iterable[int] = (400, 400)):
         super().__init__()
-        if min(sizes := [inputs, *hidden, outputs]) < 1: raise ValueError(f"inputs is {inputs}, hidden is {tuple(hidden)}, outputs is {outputs}: expected at least 1")
-        sizes.pop()
-        self.body = nn.Sequential(*(m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.ReLU())))
-        self.head = nn.Linear(sizes[-1], outputs)
+        if min(sizes := [inputs, *hidden, outputs]) < 1: raise ValueError(f"layers of {sizes} units: expected at least 1 in each")
+        self.body = nn.Sequential(*(m for a, b in zip(sizes[:-1], sizes[1:-1]) for m in (Linear(a, b), nn.ReLU())))
+        self.head = Linear(*sizes[-2:])
 
     def features(self, x: Tensor) -> Tensor: return self.body(x)
     def forward(self, x: Tensor) -> Tensor: return self.head(self.body(x))
