@@ -41,6 +41,7 @@ class Entry(NamedTuple):
     network: Callable[[Stream, Protocol], nn.Module] = lambda stream, p: MLP(stream.train.x[0].numel(), stream.outputs, p.hidden)
     scenarios: tuple[str, ...] = SCENARIOS  # where it makes sense
     together: bool = False  # all contexts at once, for as many steps as all contexts have: the upper bound
+    schedule: Callable[[Protocol], dict] = lambda p: {}  # what differs from the protocol in how long and how much a time
 
 
 def by_scenario(stream: Stream, task: float, domain: float, class_: float) -> float:
@@ -73,8 +74,9 @@ ENTRIES |= {
     "xdg": Entry(network=lambda s, p: XdG(*shape(s), p.hidden), scenarios=("task",)),
     "sepn": Entry(network=lambda s, p: SeparateNetworks(*shape(s), [h // 4 for h in p.hidden]), scenarios=("task",)),
     "icarl": Entry(lambda s, p: [ICaRL(p.memory // s.outputs)], scenarios=("class",)),
-    "slda": Entry(network=lambda s, p: SLDA(*shape(s)), scenarios=("class",)),
-    "genc": Entry(network=lambda s, p: GenerativeClassifier(*shape(s)), scenarios=("class",)),
+    "slda": Entry(network=lambda s, p: SLDA(*shape(s)), scenarios=("class",), schedule=lambda p: {"steps": None, "epochs": 1}),
+    "genc": Entry(network=lambda s, p: GenerativeClassifier(*shape(s), samples=None), scenarios=("class",),
+                  schedule=lambda p: {"steps": p.steps // 2, "batch_size": 2 * p.batch_size}),  # two classes share a batch
 }
 
 # %% ../nbs/04b_continual.ipynb #f1a93d2d
@@ -90,7 +92,8 @@ def measure(
     set_seed(seed)
     learner = Learner(entry.network(stream, protocol), methods=entry.methods(stream, protocol), seed=seed)
     steps = protocol.steps * (len(stream) if entry.together else 1)
-    r = learner.fit(stream.joint() if entry.together else stream, steps, batch_size=protocol.batch_size)
+    schedule = {"steps": steps, "batch_size": protocol.batch_size} | entry.schedule(protocol)
+    r = learner.fit(stream.joint() if entry.together else stream, **schedule)
     return r.row() | {"R": r.R.tolist()}
 
 # %% ../nbs/04b_continual.ipynb #4acacdb4

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .consolidation import linear_layers, record
+from .consolidation import NoClosedForm, linear_layers, record
 from .replay import ReplayBuffer
 from .streams import Learner, MLP, Method, Stream, ask
 
@@ -91,7 +91,8 @@ class VAE(nn.Module):
         self.inputs, self.latent = inputs, latent
         self.encoder, self.decoder = MLP(inputs, 2 * latent, hidden), MLP(latent, inputs, hidden[::-1])
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]: return self.encoder(x.flatten(1)).chunk(2, 1)  # mean, log variance: (b, latent) each
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:  # mean and log variance, (b, latent) each
+        return self.encoder(x.flatten(1)).chunk(2, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # (b,)
         "What training lowers: minus the bound, divided by the number of pixels."
@@ -135,9 +136,14 @@ def _estimate(self: VAE,
 
 VAE.estimate = _estimate
 
-# %% ../nbs/04ac_families.ipynb #c4af36e5
+# %% ../nbs/04ac_families.ipynb #12ab760f
+def _check_pixels(x: Tensor) -> None:
+    low, high = x.aminmax()
+    if low < 0 or high > 1: raise ValueError(f"expected pixels from 0 to 1, got {low:.3g} to {high:.3g}: scale them")
+
+
 class DGR(Method):
-    "Deep generative replay: a generator dreams old inputs, the old network names them. Shin et al. 2017; weights of van de Ven et al. 2022."
+    "Deep generative replay: a generator dreams old inputs, the old network names them. Shin et al. 2017."
     boundaries = True
     def __init__(self, hidden: Iterable[int] = (400, 400), latent: int = 100, lr: float = 1e-3):
         self.hidden, self.latent, self.lr = tuple(hidden), latent, lr
@@ -145,8 +151,8 @@ class DGR(Method):
     def start(self, learner: Learner) -> None:
         x, stream = learner.stream.train.x, learner.stream
         if stream.classes is None: raise ValueError("DGR names what it dreams by a class: a stream of regressions has none; use ER")
-        if getattr(learner.model, "takes_context", False): raise TypeError("DGR dreams inputs without a context, this network needs one: use MLP")
-        if x.min() < 0 or x.max() > 1: raise ValueError(f"DGR draws pixels from 0 to 1, these go from {x.min():.3g} to {x.max():.3g}: scale them")
+        if getattr(learner.model, "takes_context", False): raise TypeError("DGR dreams without a context, and this network needs one: use MLP")
+        _check_pixels(x)
         self.vae = VAE(x[0].numel(), self.hidden, self.latent).to(x.device)
         self.opt = torch.optim.Adam(self.vae.parameters(), self.lr, fused=True)
         self.dreamer, self.teacher = (deepcopy(m).eval().requires_grad_(False) for m in (self.vae, learner.model))
@@ -246,8 +252,8 @@ def group_gradients(
 ) -> Tensor:  # (groups, all parameters)
     "Gradient of the mean loss of each group, in one pass for networks of linear layers."
     if (layers := linear_layers(model, params)) is None: return slow_group_gradients(params, losses, sizes)
-    each, ins, outs = record(model, layers, slice(None), losses)
-    if any(a.dim() != 2 for a in ins): return slow_group_gradients(params, losses, sizes)
+    try: each, ins, outs = record(model, layers, slice(None), losses)
+    except NoClosedForm: return slow_group_gradients(params, losses, sizes)
     deltas = torch.autograd.grad((each * torch.cat([each.new_full((n,), 1 / n) for n in sizes])).sum(), outs)
     places, G = {}, each.new_empty(len(sizes), sum(p.numel() for p in params)); start = 0
     for p in params: places[id(p)] = slice(start, start := start + p.numel())
@@ -302,9 +308,10 @@ class GEM(AGEM):
 def _needs_context(self: nn.Module, stream: Stream) -> None:
     "Refuse scenarios in which the context is not given at the test."
     if stream.scenario != "task":
-        raise ValueError(f"{type(self).__name__} must be told the context at the test, and in {stream.scenario}-incremental learning nobody tells: use stream.task()")
-    if (len(stream), stream.classes) != (self.contexts, self.classes):
-        raise ValueError(f"{type(self).__name__} was built for {self.contexts} contexts of {self.classes} classes, the stream has {len(stream)} of {stream.classes}")
+        raise ValueError(f"{type(self).__name__} must be told the context at the test, and in the {stream.scenario} scenario "
+                         "nobody tells: use stream.task()")
+    want, got = (self.contexts, self.classes), (len(stream), stream.classes)
+    if want != got: raise ValueError(f"{type(self).__name__} was built for (contexts, classes) = {want}, the stream has {got}")
 
 
 class XdG(nn.Module):
@@ -370,8 +377,8 @@ class ICaRL(Method):
 
     def start(self, learner: Learner) -> None:
         if learner.stream.scenario != "class":
-            raise ValueError("iCaRL chooses among the templates of all classes met so far, without knowing the context: use stream.class_()")
-        if not hasattr(learner.model, "features"): raise TypeError("iCaRL compares features: the network needs a method features(x), as MLP has")
+            raise ValueError("iCaRL chooses among all classes met so far without knowing the context: use stream.class_()")
+        if not hasattr(learner.model, "features"): raise TypeError("iCaRL compares features: give the network a method features(x)")
         self.x = self.label = self.means = None  # (n, ...), (n,), (classes so far, d)
         self.generator = torch.Generator().manual_seed(learner.seed)
         self.teacher = deepcopy(learner.model).eval().requires_grad_(False)
@@ -416,7 +423,8 @@ def _scores(self: ICaRL, learner: Learner, x: Tensor, context: Tensor) -> Tensor
 
 
 def _state_dict(self: ICaRL) -> dict:
-    return {"x": self.x, "label": self.label, "means": self.means, "teacher": self.teacher.state_dict(), "generator": self.generator.get_state()}
+    return {"x": self.x, "label": self.label, "means": self.means, "teacher": self.teacher.state_dict(),
+            "generator": self.generator.get_state()}
 
 
 def _load_state_dict(self: ICaRL, state: dict) -> None:
@@ -505,12 +513,13 @@ class GenerativeClassifier(Templates):
     ):
         super().__init__(contexts, classes, scenario); hidden = list(hidden)
         if pixels not in ("gaussian", "bernoulli"): raise ValueError(f"pixels is {pixels!r}: choose 'gaussian' or 'bernoulli'")
-        self.samples, self.pixels, self.vaes = samples, pixels, nn.ModuleList(VAE(inputs, hidden, latent) for _ in range(contexts * classes))
+        self.samples, self.pixels = samples, pixels
+        self.vaes = nn.ModuleList(VAE(inputs, hidden, latent) for _ in range(contexts * classes))
         self.opt = torch.optim.Adam(self.vaes.parameters(), lr, fused=True)
 
     @torch.enable_grad()
     def learn(self, x: Tensor, y: Tensor, context: Tensor) -> None:
-        if x.min() < 0 or x.max() > 1: raise ValueError(f"expected pixels from 0 to 1, got {x.min():.3g} to {x.max():.3g}: scale them")
+        _check_pixels(x)
         label = y + self.classes * context
         self.opt.zero_grad(set_to_none=True)
         sum(self.vaes[c](x[label == c]).mean() for c in label.unique().tolist()).backward()

@@ -562,6 +562,9 @@ def learn_context(self: Learner, bar=None, checkpoint: str | Path | None = None,
     if checkpoint is not None: save_checkpoint(checkpoint, self.state_dict())
 
 
+Learner.fit, Learner.start, Learner.learn_context = fit, start, learn_context
+
+# %% ../nbs/04aa_streams.ipynb #768c9f03
 def state_dict(self: Learner) -> dict:
     "Everything from which the learner can go on."
     return {"model": self.model.state_dict(), "opt": self.opt.state_dict() if self.opt else None, "methods": [m.state_dict() for m in self.methods],
@@ -579,7 +582,7 @@ def load_state_dict(self: Learner, state: dict) -> None:
     set_rng_state(state["rng"])
 
 
-Learner.fit, Learner.start, Learner.learn_context, Learner.state_dict, Learner.load_state_dict = fit, start, learn_context, state_dict, load_state_dict
+Learner.state_dict, Learner.load_state_dict = state_dict, load_state_dict
 
 # %% ../nbs/04aa_streams.ipynb #70d13ce6
 class Curve(Method):
