@@ -16,10 +16,16 @@ from memory_notebook import experiments
 TINY = ["run", "agent", "--data", "digits", "--seeds", "1", "--epochs", "3", "--device", "cpu", "--json"]
 
 
+def heed_interrupts() -> None:
+    "A shell that starts a job in the background lets it ignore Ctrl-C, and so would its children."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(*args, **env) -> subprocess.Popen:
     clean = {k: v for k, v in os.environ.items() if k != "MEMORY_NOTEBOOK_DEBUG"}
     return subprocess.Popen([sys.executable, "-m", "memory_notebook.experiments", *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, encoding="utf-8", env=clean | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"} | env)
+                            text=True, encoding="utf-8", env=clean | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"} | env,
+                            preexec_fn=heed_interrupts if os.name == "posix" else None)
 
 
 def shell(*args, **env) -> tuple[int, str, str]:
