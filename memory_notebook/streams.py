@@ -183,6 +183,9 @@ class Walk:
             self.contexts = (torch.cat([torch.full_like(r, t) for t, r in enumerate(self.rows)]),)
             self.rows = (torch.cat(self.rows),)
         self.steps = [steps or epochs * max(1, len(r) // batch_size) for r in self.rows]
+        if stream.width:  # all rows in a line, and where each context's begin
+            self.line, self.sizes = torch.cat(self.rows), torch.tensor([len(r) for r in self.rows])
+            self.starts = self.sizes.cumsum(0) - self.sizes
         self._now, self._order = None, None
 
     def generator(self, *place: int) -> torch.Generator:
@@ -203,8 +206,8 @@ class Walk:
         "Near a boundary, samples of both sides: the place in the stream is blurred by `width`."
         g = self.generator(t, step); place = t + (step + 0.5) / self.steps[t]
         context = (place + self.stream.width * (torch.rand(self.batch_size, generator=g) - 0.5)).floor().long().clamp(0, len(self.rows) - 1)
-        u = torch.rand(self.batch_size, generator=g)
-        rows = torch.stack([self.rows[c][int(v * len(self.rows[c]))] for c, v in zip(context.tolist(), u.tolist())])
+        within = (torch.rand(self.batch_size, generator=g, dtype=torch.double) * self.sizes[context]).long()
+        rows = self.line[(self.starts[context] + within).to(self.line.device)]
         return rows, context.to(rows.device)
 
 # %% ../nbs/04aa_streams.ipynb #1d032d9c
@@ -498,6 +501,9 @@ def start(self: Learner, stages: int) -> None:
     self.results = Results(R, torch.full((stages,), torch.nan), error=stream.classes is None, names=stream.names)
 
 
+Learner.fit, Learner.start = fit, start
+
+# %% ../nbs/04aa_streams.ipynb #1e511422
 def learn_context(self: Learner, bar=None, checkpoint: str | Path | None = None, every: int | None = None) -> None:
     "Learn the rest of the present context, then test on all."
     start, steps = time.process_time(), self.walk.steps[self.done]
@@ -519,7 +525,7 @@ def learn_context(self: Learner, bar=None, checkpoint: str | Path | None = None,
     if checkpoint is not None: save_checkpoint(checkpoint, self.state_dict())
 
 
-Learner.fit, Learner.start, Learner.learn_context = fit, start, learn_context
+Learner.learn_context = learn_context
 
 # %% ../nbs/04aa_streams.ipynb #768c9f03
 def state_dict(self: Learner) -> dict:
