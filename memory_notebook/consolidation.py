@@ -30,9 +30,11 @@ class Quadratic(Method):
     @torch.no_grad()
     def after_backward(self, learner: Learner) -> None:
         if self.omega is None: return
-        away = torch._foreach_sub(learner.params, self.anchor)
-        torch._foreach_mul_(away, self.omega)
-        torch._foreach_add_([p.grad for p in learner.params], away, alpha=self.lam)
+        used = [(p, p.grad, a, o) for p, a, o in zip(learner.params, self.anchor, self.omega) if p.grad is not None]  # others do not move
+        params, grads, anchor, omega = map(list, zip(*used))
+        away = torch._foreach_sub(params, anchor)
+        torch._foreach_mul_(away, omega)
+        torch._foreach_add_(grads, away, alpha=self.lam)
 
     def penalty(self, params: Iterable[Tensor]) -> Tensor:
         "The value of the penalty."
@@ -76,6 +78,7 @@ def record(model: nn.Module, layers: list[nn.Linear], x: Tensor, forward: Callab
     hooks = [m.register_forward_hook(keep) for m in layers]
     try: logits = forward(x)
     finally: [h.remove() for h in hooks]
+    if len(outs) < len(layers): raise NoClosedForm("a linear layer is not used: freeze it, or use slow_fisher or SI")
     return logits, [ins[m] for m in layers], [outs[m] for m in layers]
 
 # %% ../nbs/04ab_consolidation.ipynb #115020d2
@@ -143,7 +146,7 @@ class SI(Quadratic):
 
     @torch.no_grad()
     def after_backward(self, learner: Learner) -> None:
-        self.grads = [p.grad.clone() for p in learner.params]  # of the loss alone
+        self.grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in learner.params]  # of the loss alone
         super().after_backward(learner)
 
     @torch.no_grad()

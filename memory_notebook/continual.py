@@ -563,12 +563,13 @@ def train_task(self: ContinualLearningTrainer,
     epochs: int = 1,
 ) -> TaskMemory:
     "Learn one more task, then test on all."
-    L, collect = self.learner, lambda loader: tuple(torch.cat(v).to(self.learner.device) for v in zip(*loader))
+    L, collect = self.learner, lambda batches: tuple(torch.cat(v).to(self.learner.device) for v in zip(*batches))
     if task_id != L.done: raise ValueError(f"task_id is {task_id}: tasks are learned in order, and the next is {L.done}")
-    (x, y), size = collect(train_loader), len(next(iter(train_loader))[0]); self.tests.append(collect(val_loader or train_loader))
+    batches = list(train_loader)  # once: a loader that shuffles draws anew each time
+    (x, y), size = collect(batches), len(batches[0][0]); self.tests.append(collect(batches if val_loader is None else val_loader))
     ends = torch.tensor([0] + [len(v) for v, _ in self.tests]).cumsum(0).tolist()
     test = Part(*(torch.cat(v) for v in zip(*self.tests)), tuple(torch.arange(a, b) for a, b in zip(ends, ends[1:])))
-    classes = None if y.is_floating_point() else ask(L.model, x[:1], torch.tensor([task_id])).shape[-1]
+    classes = None if y.is_floating_point() else ask(L.model, x[:1], torch.tensor([task_id], device=L.device)).shape[-1]
     L.stream = Stream(Part(x, y, (torch.arange(len(x)),) * (task_id + 1)), test, classes, "domain").to(L.device)  # of earlier tasks nothing is kept
     L.walk, old = Walk(L.stream, size, None, epochs, L.seed), L.results
     if task_id == 0: L.start(1)
