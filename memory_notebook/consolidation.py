@@ -70,14 +70,17 @@ class NoClosedForm(TypeError):
 
 
 def record(model: nn.Module, layers: list[nn.Linear], x: Tensor, forward: Callable) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    "Run the network and keep what went into and came out of each layer."
-    ins, outs = {}, {}
+    "Run the network and keep what went into and came out of each layer; gradients flow to what came out, not into weights."
+    ins, outs, trained = {}, {}, [p for p in model.parameters() if p.requires_grad]
     def keep(m, args, out):
         if m in outs or args[0].dim() != 2: raise NoClosedForm("a linear layer is used twice, or on more than vectors: use slow_fisher, or SI")
-        ins[m], outs[m] = args[0].detach(), out
+        ins[m], outs[m] = args[0].detach(), out.requires_grad_()
+    for p in trained: p.requires_grad_(False)
     hooks = [m.register_forward_hook(keep) for m in layers]
     try: logits = forward(x)
-    finally: [h.remove() for h in hooks]
+    finally:
+        for h in hooks: h.remove()
+        for p in trained: p.requires_grad_()
     if len(outs) < len(layers): raise NoClosedForm("a linear layer is not used: freeze it, or use slow_fisher or SI")
     return logits, [ins[m] for m in layers], [outs[m] for m in layers]
 
