@@ -123,9 +123,9 @@ def begin(
     cell = zeros(c.hidden_size) if c.controller == "lstm" else None
     return NTMState(zeros(c.hidden_size), cell, zeros(c.read_heads, c.memory_dim), zeros(c.memory_size, c.memory_dim) + 1e-6, weights)
 
-# %% ../nbs/05_ntm.ipynb #5a06ae53
+# %% ../nbs/05_ntm.ipynb #384a9e01
 @torch.no_grad()
-def init_parameters(cell: "NTMCell") -> None:
+def init_parameters(cell: nn.Module) -> None:  # an NTMCell
     "Glorot weights, biases near zero; with `init='tape'` heads that keep their place, and write heads that walk on."
     for layer in (cell.input, cell.recurrent, cell.output): nn.init.xavier_uniform_(layer.weight)
     nn.init.xavier_uniform_(cell.heads.weight, gain=1.4); nn.init.normal_(cell.heads.bias, std=0.01)

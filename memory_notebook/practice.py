@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Practice', 'answer_step', 'Recipe', 'train_sequence', 'examine', 'LSTM']
 
-# %% ../nbs/04d_practice.ipynb #de0595ed
+# %% ../nbs/04d_practice.ipynb #553f2bfb
 import inspect
 import math
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Iterator
 
 import torch
 from torch import Tensor, nn
