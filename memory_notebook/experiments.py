@@ -48,9 +48,23 @@ CHAPTERS: dict[str, Chapter] = {
     "experiment:sinusoid": Chapter(
         ".meta", "sinusoid", "few-shot regression of sine waves: MAML and its relatives against joint pretraining"),
     "experiment:omniglot": Chapter(".meta", "omniglot", "one-shot characters: MANN, LSTM, prototypes and the memory of rare events"),
+    "experiment:copy": Chapter(".machines", "copy_experiment", "say a string back: machines with memory against an LSTM", "results_table"),
+    "experiment:repeat-copy": Chapter(".machines", "repeat_copy_experiment", "say a string back several times and mark the end", "results_table"),
+    "experiment:associative": Chapter(".machines", "associative_experiment", "which item came after this one?", "results_table"),
+    "experiment:ngram": Chapter(
+        ".machines", "ngram_experiment", "predict a source that is new in every sequence, against the best possible", "results_table"),
+    "experiment:priority-sort": Chapter(".machines", "priority_sort_experiment", "say the highest of twenty vectors in order", "results_table"),
+    "experiment:copy-stream": Chapter(
+        ".machines", "copy_stream_experiment", "copy string after string with few slots: who tidies up?", "results_table"),
+    "experiment:traversal": Chapter(
+        ".machines", "traversal_experiment", "follow edges on a graph that was told edge by edge", "results_table"),
     "benchmark:replay": Chapter(".replay", "bench_replay", "draws, updates and additions of replay buffers, side by side", "replay_table"),
     "benchmark:continual": Chapter(
         ".continual", "bench_continual", "a training step beside avalanche, the code of van de Ven et al. and bare matrix products", "continual_table"),
+    "benchmark:ntm": Chapter(
+        ".machines", "bench_ntm", "a Neural Turing Machine forward and backward: by hand, through autograd, and as it is commonly written"),
+    "benchmark:dnc": Chapter(
+        ".dnc_bench", "bench_dnc", "a Differentiable Neural Computer forward and backward: by hand, autograd, as commonly written; sparse links"),
     "benchmark:maml": Chapter(".meta", "bench_maml", "a second-order MAML step: the tasks side by side against a loop over them"),
 }
 

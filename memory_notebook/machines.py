@@ -8,12 +8,10 @@ __all__ = ['MACHINES', 'SETTINGS', 'COLOURS', 'copy_experiment', 'repeat_copy_ex
            'make_machine', 'Setting', 'milestones', 'fresh_bits', 'practise', 'show_results', 'results_table',
            'LoopedCell', 'bench_ntm']
 
-# %% ../nbs/06ab_machines.ipynb #0f9dc8dc
+# %% ../nbs/06ab_machines.ipynb #2f40a456
 import importlib.util
 import math
 import statistics
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -24,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import set_seed
+from .dnc_bench import peak_mb, race
 from .ntm import NTM, NTMCell, NTMState
 from .practice import examine, train_sequence
 from .tasks import bits_per_sequence, get_task, optimal_ngram
@@ -50,29 +49,29 @@ class Setting:
     "How a task is practised."
     sequences: int  # for each machine and seed
     machines: dict[str, dict]  # name -> options, and `practice`, the slots it practises with
+    batch_size: int = 16
     lr: float = 1e-3
     decay: float = 0.3  # factor on the learning rate, once
     decay_below: float = 1.0  # bits per sequence at which that happens
-    exams: dict[str, dict] = field(default_factory=dict)  # beyond the task's own: name -> size and further options
+    task: dict[str, Any] = field(default_factory=dict)  # arguments of the task, in practice and examination
+    exams: dict[str, dict] = field(default_factory=dict)  # beyond the task's own: name -> size and further arguments
 
 
-_TAPE, _LSTM = {"memory_size": 128, "memory_dim": 20}, {"hidden_size": 256}
-_COPY = {"ntm": _TAPE | {"practice": 24}, "ntm-full": _TAPE, "dnc": _TAPE, "lstm": _LSTM}
+def _machines(practice: int | None = None, slots: int = 128, heads: int = 1, init: str = "tape") -> dict[str, dict]:
+    "The three machines with a memory of the same size."
+    both = {"memory_size": slots, "memory_dim": 20, "read_heads": heads, "practice": practice, "hidden_size": 100 if heads == 1 else 200}
+    return {"ntm": both | {"write_heads": heads, "init": init}, "dnc": both, "lstm": {"hidden_size": 256}}
 
-# %% ../nbs/06ab_machines.ipynb #b2ad74a9
+# %% ../nbs/06ab_machines.ipynb #4e29dd5c
+_copy = _machines(practice=24)
 SETTINGS = {
-    "copy": Setting(60_000, _COPY),
-    "repeat-copy": Setting(100_000, {"ntm": _TAPE | {"practice": 14}, "ntm-full": _TAPE, "dnc": _TAPE, "lstm": _LSTM},
-                           exams={"20_long": {"size": 10, "length": 20}}),
-    "associative": Setting(150_000, {
-        "ntm": _TAPE | {"controller": "feedforward", "hidden_size": 256, "read_heads": 4, "write_heads": 4},
-        "dnc": _TAPE | {"read_heads": 4}, "lstm": _LSTM}),
-    "ngram": Setting(30_000, {"ntm": _TAPE, "dnc": _TAPE, "lstm": {"hidden_size": 128}}, lr=3e-4, decay_below=134.5),
-    "priority-sort": Setting(100_000, {
-        "ntm": _TAPE | {"controller": "feedforward", "hidden_size": 512, "read_heads": 8, "write_heads": 8},
-        "dnc": _TAPE | {"read_heads": 5}, "lstm": {"hidden_size": 128}}, lr=3e-4),
-    "copy-stream": Setting(40_000, {k: {"memory_size": 8, "memory_dim": 20} for k in ("ntm", "dnc")} | {"lstm": _LSTM}),
-    "traversal": Setting(60_000, {"ntm": _TAPE, "dnc": _TAPE, "lstm": _LSTM}),
+    "copy": Setting(60_000, _copy | {f"{k}-full": _copy[k] | {"practice": None} for k in ("ntm", "dnc")}),
+    "repeat-copy": Setting(40_000, _machines(), batch_size=4, lr=5e-4, exams={"long": {"size": 10, "length": 20}}),
+    "associative": Setting(80_000, _machines(practice=32, init="plain"), batch_size=8),
+    "ngram": Setting(8_000, _machines(practice=48, init="plain"), batch_size=4, lr=5e-4, decay_below=134.5),
+    "priority-sort": Setting(40_000, _machines(practice=32, heads=5, init="plain"), batch_size=8, lr=3e-4),
+    "copy-stream": Setting(60_000, _machines(slots=10), task={"length": (1, 8)}),
+    "traversal": Setting(60_000, _machines(practice=24, init="plain"), batch_size=8),
 }
 
 # %% ../nbs/06ab_machines.ipynb #091f2171
@@ -86,11 +85,11 @@ def milestones(history: History, points: int = 20) -> dict[str, float]:
     curve = {f"bits_after_{seen[p][-1]}": statistics.fmean(bits[p]) for p in parts}
     return {"to_1_bit": first(1), "to_tenth_bit": first(0.1), "to_hundredth_bit": first(0.01), "worst_after": max(after)} | curve
 
-# %% ../nbs/06ab_machines.ipynb #89d8ae89
+# %% ../nbs/06ab_machines.ipynb #fa8b682b
 @torch.no_grad()
-def fresh_bits(model: nn.Module, name: str, sequences: int = 256, seed: int = 20_000) -> dict[str, float]:
+def fresh_bits(model: nn.Module, name: str, sequences: int = 256, seed: int = 20_000, **options: Any) -> dict[str, float]:
     "Cost on fresh sequences of the practised sizes; for the n-grams also how far from the best possible."
-    batch = get_task(name).sample(sequences, generator=torch.Generator().manual_seed(seed)).to(next(model.parameters()).device)
+    batch = get_task(name).sample(sequences, generator=torch.Generator().manual_seed(seed), **options).to(next(model.parameters()).device)
     bits = bits_per_sequence(model.eval()(batch.x)[0], batch).mean().item()
     if name != "ngram": return {"bits": bits}
     best = optimal_ngram(batch)
@@ -114,17 +113,17 @@ def practise(
     if slots: model.config.memory_size = slots
     start = time.process_time()
     history = train_sequence(model, task, sequences=sequences, batch_size=batch_size, lr=lr, decay=setting.decay, decay_below=setting.decay_below,
-                             seed=seed, device=device, checkpoint=run.checkpoint(f"{kind}-seed{seed}"))
+                             seed=seed, device=device, checkpoint=run.checkpoint(f"{kind}-seed{seed}"), **setting.task)
     if slots: model.config.memory_size = whole
-    row = fresh_bits(model, name) | milestones(history) | {"sequences": history["sequences"][-1], "cpu_s": time.process_time() - start}
-    exams = {str(n): {"size": n} for n in task.test} | setting.exams
+    row = fresh_bits(model, name, **setting.task) | milestones(history) | {"sequences": history["sequences"][-1], "cpu_s": time.process_time() - start}
+    exams = {str(n): {"size": n} | setting.task for n in task.test} | setting.exams
     for label, exam in exams.items():
         score = examine(model, task, (exam["size"],), **{k: v for k, v in exam.items() if k != "size"})[exam["size"]]
         row |= {f"bits_at_{label}": score["bits"], f"bit_error_at_{label}": score["bit_error"]}
     return row
 
-# %% ../nbs/06ab_machines.ipynb #08a98337
-COLOURS = dict(zip(("ntm", "ntm-full", "dnc", "lstm"), ("#0072B2", "#56B4E9", "#009E73", "#D55E00")))
+# %% ../nbs/06ab_machines.ipynb #2eb377e0
+COLOURS = {"ntm": "#0072B2", "ntm-full": "#56B4E9", "dnc": "#009E73", "dnc-full": "#F0E442", "lstm": "#D55E00"}
 
 
 def show_results(
@@ -148,18 +147,24 @@ def show_results(
     for ax in (a, b): ax.title.set_size(9); ax.tick_params(labelsize=8); ax.xaxis.label.set_size(8); ax.yaxis.label.set_size(8)
     return fig
 
-# %% ../nbs/06ab_machines.ipynb #082bfb5f
-def results_table(metrics: dict[str, dict], hardest: str) -> str:  # in Markdown
-    "Medians over the seeds: sequences to each mark, cost on practised sizes, wrong bits at the hardest size, processor time."
-    rows = ["| machine | seeds | to 1 bit | to 0.1 | to 0.01 | cost (bits) | worst after 0.1 | wrong bits at " + hardest + " (each seed) | CPU s |",
+# %% ../nbs/06ab_machines.ipynb #39f2b8c0
+def results_table(
+    metrics: dict[str, dict],  # of a run or of a stored result
+    hardest: str = "",  # examination to show, "20" for `bit_error_at_20`; empty: the largest size
+) -> str:  # Markdown
+    "Medians over the seeds: sequences to each mark, cost on practised sizes, wrong bits in an examination, processor time."
+    sizes = [k.rsplit("_", 1)[1] for k in metrics if ".bit_error_at_" in k]
+    hardest = hardest or max((s for s in sizes if s.isdigit()), key=int)
+    rows = [f"| machine | seeds | to 1 bit | to 0.1 | to 0.01 | cost, bits | worst after 0.1 | wrong bits at {hardest}, %, each seed | CPU s |",
             "|---" * 9 + "|"]
+    number = lambda v, form: "–" if v in (-1, math.inf) else f"{v:{form}}"
     for kind in dict.fromkeys(k.split(".")[0] for k in metrics):
         v = lambda name: metrics[f"{kind}.{name}"]["values"]
-        mark = lambda name: f"{statistics.median(x if x > 0 else math.inf for x in v(name)):,.0f}".replace("inf", "–")
-        errors = ", ".join(f"{100 * x:.2g}" for x in v(f"bit_error_at_{hardest}"))
-        rows.append(f"| {kind} | {len(v('bits'))} | {mark('to_1_bit')} | {mark('to_tenth_bit')} | {mark('to_hundredth_bit')} | "
-                    f"{statistics.median(v('bits')):.3g} | {max(v('worst_after')):.2g} | {errors} % | {statistics.median(v('cpu_s')):.0f} |")
-    return "\n".join(rows).replace("| -1 |", "| – |")
+        marks = [number(statistics.median(x if x > 0 else math.inf for x in v(m)), ",.0f") for m in ("to_1_bit", "to_tenth_bit", "to_hundredth_bit")]
+        cells = [kind, str(len(v("bits"))), *marks, f"{statistics.median(v('bits')):.3g}", number(max(v("worst_after")), ".2g"),
+                 ", ".join(f"{100 * x:.2g}" for x in v(f"bit_error_at_{hardest}")), f"{statistics.median(v('cpu_s')):.0f}"]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
 
 # %% ../nbs/06ab_machines.ipynb #9f7155b5
 def _register(name: str, help: str):
@@ -168,7 +173,7 @@ def _register(name: str, help: str):
         model: tuple[str, ...] = ("all",),  # the machines, by name
         seeds: int = 3,
         sequences: int | None = None,  # to practise on; none: the setting's
-        batch_size: int = 16,
+        batch_size: int | None = None,  # none: the setting's
         lr: float | None = None,  # of RMSProp; none: the setting's
         device: str = "auto",
     ) -> dict:
@@ -177,7 +182,7 @@ def _register(name: str, help: str):
         kinds = list(setting.machines) if "all" in model else model
         for kind in kinds:
             if kind not in setting.machines: raise ValueError(f"no machine for this task is called {kind!r}: choose from {', '.join(setting.machines)}")
-        how = sequences or setting.sequences, batch_size, lr or setting.lr, device
+        how = sequences or setting.sequences, batch_size or setting.batch_size, lr or setting.lr, device
         for kind in kinds:
             rows = [run.unit(f"{kind}-seed{s}", lambda: practise(run, name, kind, s, *how)) for s in range(seeds)]
             out |= {f"{kind}.{k}": v for k, v in over_seeds(rows).items()}
@@ -264,16 +269,6 @@ def _contestant(kind: str, batch: int, length: int) -> Any:  # a function that r
         return loss.item()
     return run
 
-# %% ../nbs/06ab_machines.ipynb #78d6a170
-def _peak_mb(kind: str, batch: int, length: int) -> float:
-    "Megabytes that a pass adds to a fresh process (Linux)."
-    code = (f"import sys, torch; sys.path[:] = {sys.path!r}; torch.set_num_threads(1); from memory_notebook.machines import _contestant\n"
-            f"_contestant({kind!r}, 1, 1)(); run = _contestant({kind!r}, {batch}, {length})\n"
-            "open('/proc/self/clear_refs', 'w').write('5')\n"
-            "kb = lambda name: int(next(l for l in open('/proc/self/status') if l.startswith(name)).split()[1])\n"
-            "before = kb('VmRSS'); run(); print((kb('VmHWM') - before) / 1024)")
-    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-
 # %% ../nbs/06ab_machines.ipynb #d6b6440e
 @benchmark("ntm", help="a Neural Turing Machine forward and backward: by hand, through autograd, and as it is commonly written")
 def bench_ntm(run: Run, *,
@@ -287,14 +282,12 @@ def bench_ntm(run: Run, *,
     common = "pytorch_ntm" if importlib.util.find_spec("ntm") else "looped"
     kinds, out = ["fused", "steps", *["compiled"] * compiled, *dict.fromkeys([common, "looped"])], {}
     for b in batches:
-        runs, times = {k: _contestant(k, b, length) for k in kinds}, {k: [] for k in kinds}
+        runs = {k: _contestant(k, b, length) for k in kinds}
         losses = [f() for f in runs.values()]  # also the warm-up
         if max(losses) - min(losses) > 1e-4: raise RuntimeError(f"the contestants disagree: losses {dict(zip(kinds, losses))}")
-        for _ in range(turns):
-            for k, f in runs.items(): start = time.perf_counter(); f(); times[k].append(time.perf_counter() - start)
-        seconds = {k: statistics.median(v) for k, v in times.items()}
+        seconds = race(runs, turns)
         for k, s in seconds.items(): out |= {f"{k}.ms_b{b}": 1000 * s, f"{k}.seq_s_b{b}": b / s}
-        if memory: out |= {f"{k}.mb_b{b}": _peak_mb(k, b, length) for k in kinds}
+        if memory: out |= {f"{k}.mb_b{b}": peak_mb("machines", (k, 1, 1), (k, b, length)) for k in kinds}
         out |= {f"ntm.speedup_b{b}": seconds[common] / seconds["fused"], f"ntm.steps_speedup_b{b}": seconds[common] / seconds["steps"]}
         if compiled: out[f"ntm.compiled_speedup_b{b}"] = seconds[common] / seconds["compiled"]
         run.log(f"batch {b}: {out[f'ntm.speedup_b{b}']:.1f} times faster than {common}")
