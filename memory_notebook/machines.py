@@ -50,29 +50,28 @@ class Setting:
     "How a task is practised."
     sequences: int  # for each machine and seed
     machines: dict[str, dict]  # name -> options, and `practice`, the slots it practises with
+    batch_size: int = 16
     lr: float = 1e-3
     decay: float = 0.3  # factor on the learning rate, once
     decay_below: float = 1.0  # bits per sequence at which that happens
     exams: dict[str, dict] = field(default_factory=dict)  # beyond the task's own: name -> size and further options
 
 
-_TAPE, _LSTM = {"memory_size": 128, "memory_dim": 20}, {"hidden_size": 256}
-_COPY = {"ntm": _TAPE | {"practice": 24}, "ntm-full": _TAPE, "dnc": _TAPE, "lstm": _LSTM}
+def _machines(practice: int | None = None, slots: int = 128, heads: int = 1, init: str = "tape") -> dict[str, dict]:
+    "The three machines with a memory of the same size."
+    both = {"memory_size": slots, "memory_dim": 20, "read_heads": heads, "practice": practice, "hidden_size": 100 if heads == 1 else 200}
+    return {"ntm": both | {"write_heads": heads, "init": init}, "dnc": both, "lstm": {"hidden_size": 256}}
 
-# %% ../nbs/06ab_machines.ipynb #b2ad74a9
+# %% ../nbs/06ab_machines.ipynb #4e29dd5c
+_copy = _machines(practice=24)
 SETTINGS = {
-    "copy": Setting(60_000, _COPY),
-    "repeat-copy": Setting(100_000, {"ntm": _TAPE | {"practice": 14}, "ntm-full": _TAPE, "dnc": _TAPE, "lstm": _LSTM},
-                           exams={"20_long": {"size": 10, "length": 20}}),
-    "associative": Setting(150_000, {
-        "ntm": _TAPE | {"controller": "feedforward", "hidden_size": 256, "read_heads": 4, "write_heads": 4},
-        "dnc": _TAPE | {"read_heads": 4}, "lstm": _LSTM}),
-    "ngram": Setting(30_000, {"ntm": _TAPE, "dnc": _TAPE, "lstm": {"hidden_size": 128}}, lr=3e-4, decay_below=134.5),
-    "priority-sort": Setting(100_000, {
-        "ntm": _TAPE | {"controller": "feedforward", "hidden_size": 512, "read_heads": 8, "write_heads": 8},
-        "dnc": _TAPE | {"read_heads": 5}, "lstm": {"hidden_size": 128}}, lr=3e-4),
-    "copy-stream": Setting(40_000, {k: {"memory_size": 8, "memory_dim": 20} for k in ("ntm", "dnc")} | {"lstm": _LSTM}),
-    "traversal": Setting(60_000, {"ntm": _TAPE, "dnc": _TAPE, "lstm": _LSTM}),
+    "copy": Setting(60_000, _copy | {f"{k}-full": _copy[k] | {"practice": None} for k in ("ntm", "dnc")}),
+    "repeat-copy": Setting(40_000, _machines(), batch_size=4, lr=5e-4, exams={"long": {"size": 10, "length": 20}}),
+    "associative": Setting(80_000, _machines(practice=32, init="plain"), batch_size=8),
+    "ngram": Setting(8_000, _machines(practice=48, init="plain"), batch_size=4, lr=5e-4, decay_below=134.5),
+    "priority-sort": Setting(40_000, _machines(practice=32, heads=5, init="plain"), batch_size=8, lr=3e-4),
+    "copy-stream": Setting(40_000, _machines(slots=8)),
+    "traversal": Setting(60_000, _machines(practice=24, init="plain"), batch_size=8),
 }
 
 # %% ../nbs/06ab_machines.ipynb #091f2171
@@ -123,8 +122,8 @@ def practise(
         row |= {f"bits_at_{label}": score["bits"], f"bit_error_at_{label}": score["bit_error"]}
     return row
 
-# %% ../nbs/06ab_machines.ipynb #08a98337
-COLOURS = dict(zip(("ntm", "ntm-full", "dnc", "lstm"), ("#0072B2", "#56B4E9", "#009E73", "#D55E00")))
+# %% ../nbs/06ab_machines.ipynb #2eb377e0
+COLOURS = {"ntm": "#0072B2", "ntm-full": "#56B4E9", "dnc": "#009E73", "dnc-full": "#F0E442", "lstm": "#D55E00"}
 
 
 def show_results(
@@ -148,18 +147,24 @@ def show_results(
     for ax in (a, b): ax.title.set_size(9); ax.tick_params(labelsize=8); ax.xaxis.label.set_size(8); ax.yaxis.label.set_size(8)
     return fig
 
-# %% ../nbs/06ab_machines.ipynb #082bfb5f
-def results_table(metrics: dict[str, dict], hardest: str) -> str:  # in Markdown
-    "Medians over the seeds: sequences to each mark, cost on practised sizes, wrong bits at the hardest size, processor time."
-    rows = ["| machine | seeds | to 1 bit | to 0.1 | to 0.01 | cost (bits) | worst after 0.1 | wrong bits at " + hardest + " (each seed) | CPU s |",
+# %% ../nbs/06ab_machines.ipynb #39f2b8c0
+def results_table(
+    metrics: dict[str, dict],  # of a run or of a stored result
+    hardest: str = "",  # examination to show, "20" for `bit_error_at_20`; empty: the largest size
+) -> str:  # Markdown
+    "Medians over the seeds: sequences to each mark, cost on practised sizes, wrong bits in an examination, processor time."
+    sizes = [k.rsplit("_", 1)[1] for k in metrics if ".bit_error_at_" in k]
+    hardest = hardest or max((s for s in sizes if s.isdigit()), key=int)
+    rows = [f"| machine | seeds | to 1 bit | to 0.1 | to 0.01 | cost, bits | worst after 0.1 | wrong bits at {hardest}, %, each seed | CPU s |",
             "|---" * 9 + "|"]
+    number = lambda v, form: "–" if v in (-1, math.inf) else f"{v:{form}}"
     for kind in dict.fromkeys(k.split(".")[0] for k in metrics):
         v = lambda name: metrics[f"{kind}.{name}"]["values"]
-        mark = lambda name: f"{statistics.median(x if x > 0 else math.inf for x in v(name)):,.0f}".replace("inf", "–")
-        errors = ", ".join(f"{100 * x:.2g}" for x in v(f"bit_error_at_{hardest}"))
-        rows.append(f"| {kind} | {len(v('bits'))} | {mark('to_1_bit')} | {mark('to_tenth_bit')} | {mark('to_hundredth_bit')} | "
-                    f"{statistics.median(v('bits')):.3g} | {max(v('worst_after')):.2g} | {errors} % | {statistics.median(v('cpu_s')):.0f} |")
-    return "\n".join(rows).replace("| -1 |", "| – |")
+        marks = [number(statistics.median(x if x > 0 else math.inf for x in v(m)), ",.0f") for m in ("to_1_bit", "to_tenth_bit", "to_hundredth_bit")]
+        cells = [kind, str(len(v("bits"))), *marks, f"{statistics.median(v('bits')):.3g}", number(max(v("worst_after")), ".2g"),
+                 ", ".join(f"{100 * x:.2g}" for x in v(f"bit_error_at_{hardest}")), f"{statistics.median(v('cpu_s')):.0f}"]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
 
 # %% ../nbs/06ab_machines.ipynb #9f7155b5
 def _register(name: str, help: str):
@@ -168,7 +173,7 @@ def _register(name: str, help: str):
         model: tuple[str, ...] = ("all",),  # the machines, by name
         seeds: int = 3,
         sequences: int | None = None,  # to practise on; none: the setting's
-        batch_size: int = 16,
+        batch_size: int | None = None,  # none: the setting's
         lr: float | None = None,  # of RMSProp; none: the setting's
         device: str = "auto",
     ) -> dict:
@@ -177,7 +182,7 @@ def _register(name: str, help: str):
         kinds = list(setting.machines) if "all" in model else model
         for kind in kinds:
             if kind not in setting.machines: raise ValueError(f"no machine for this task is called {kind!r}: choose from {', '.join(setting.machines)}")
-        how = sequences or setting.sequences, batch_size, lr or setting.lr, device
+        how = sequences or setting.sequences, batch_size or setting.batch_size, lr or setting.lr, device
         for kind in kinds:
             rows = [run.unit(f"{kind}-seed{s}", lambda: practise(run, name, kind, s, *how)) for s in range(seeds)]
             out |= {f"{kind}.{k}": v for k, v in over_seeds(rows).items()}
