@@ -88,15 +88,21 @@ def _contestant(kind: str, n: int, batch: int, steps: int) -> Any:  # a function
         return loss.item()
     return run
 
-# %% ../nbs/06aa_dnc_bench.ipynb #0e80cd1f
+# %% ../nbs/06aa_dnc_bench.ipynb #8deacc8c
 def race(
     runs: dict[str, Callable[[], Any]],  # contestants, already warm
     turns: int,
+    least: float = 0.1,
 ) -> dict[str, float]:
-    "Median seconds of each, taking turns."
+    "Median seconds of each, taking turns; one turn is as many runs as fit into `least` seconds, for training runs the same thing again and again."
+    def turn(f: Callable, repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats): f()
+        return (time.perf_counter() - start) / repeats
+    repeats = {k: max(1, int(least / turn(f, 1))) for k, f in runs.items()}
     times = {k: [] for k in runs}
     for _ in range(turns):
-        for k, f in runs.items(): start = time.perf_counter(); f(); times[k].append(time.perf_counter() - start)
+        for k, f in runs.items(): times[k].append(turn(f, repeats[k]))
     return {k: statistics.median(v) for k, v in times.items()}
 
 

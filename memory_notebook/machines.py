@@ -67,11 +67,11 @@ _copy = _machines(practice=24)
 SETTINGS = {
     "copy": Setting(60_000, _copy | {f"{k}-full": _copy[k] | {"practice": None} for k in ("ntm", "dnc")}),
     "repeat-copy": Setting(40_000, _machines(), batch_size=4, lr=5e-4, exams={"long": {"size": 10, "length": 20}}),
-    "associative": Setting(80_000, _machines(practice=32, init="plain"), batch_size=8),
-    "ngram": Setting(8_000, _machines(practice=48, init="plain"), batch_size=4, lr=5e-4, decay_below=134.5),
-    "priority-sort": Setting(40_000, _machines(practice=32, heads=5, init="plain"), batch_size=8, lr=3e-4),
+    "associative": Setting(60_000, _machines(slots=64, init="plain"), batch_size=8),
+    "ngram": Setting(8_000, _machines(slots=48, init="plain"), batch_size=4, lr=5e-4, decay_below=134.5),
+    "priority-sort": Setting(40_000, _machines(slots=32, heads=5, init="plain"), batch_size=8, lr=3e-4),
     "copy-stream": Setting(60_000, _machines(slots=10), task={"length": (1, 8)}),
-    "traversal": Setting(60_000, _machines(practice=24, init="plain"), batch_size=8),
+    "traversal": Setting(60_000, _machines(slots=24, init="plain"), batch_size=8),
 }
 
 # %% ../nbs/06ab_machines.ipynb #091f2171
