@@ -369,7 +369,7 @@ class _Look:
         else: torch.sum(squares, -2, keepdim=True, out=inverse)
         norm = torch.threshold_(torch.linalg.vector_norm(keys, dim=-1, keepdim=True, out=self.norm.at[t]), 1e-8, math.inf)
         scale = torch.div(strengths, norm, out=self.scale.at[t])
-        unit = torch.div(keys, norm, out=self.unit.at[t])
+        torch.div(keys, norm, out=self.unit.at[t])
         torch.mul(keys, scale, out=scaled)
         if self.masked: scaled.mul_(masks)
         torch.bmm(scaled, M, out=self.scores.at[t]).mul_(torch.threshold_(inverse, 1e-16, math.inf).rsqrt_())
