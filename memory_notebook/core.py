@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['inverse_norm', 'unit', 'similarity', 'content_weights', 'read', 'erase_add', 'interpolate', 'shift', 'sharpen',
            'retention', 'update_usage', 'allocation', 'least_used', 'lru_write_weights', 'update_links', 'follow_links',
-           'TopK', 'top_k_read', 'map_state', 'detach', 'set_seed', 'check_finite']
+           'SparseLinks', 'update_sparse_links', 'follow_sparse_links', 'TopK', 'top_k_read', 'map_state', 'detach',
+           'set_seed', 'check_finite']
 
 # %% ../nbs/00_core.ipynb #2e064872
 import random
@@ -204,6 +205,46 @@ def follow_links(
 ) -> tuple[Tensor, Tensor]:  # forward and backward addresses, each (..., r, n)
     "Step from a read address to what was written next, and to what was written before. Graves et al. 2016, Methods."
     return read_weights @ links.mT, read_weights @ links
+
+# %% ../nbs/00_core.ipynb #2ded9467
+class SparseLinks(NamedTuple):
+    "The strongest links of each slot: what it was written after (row 0), and what was written after it (row 1)."
+    index: Tensor  # (b, 2, n, k) the other slot; k different ones
+    value: Tensor  # (b, 2, n, k)
+
+    @classmethod
+    def empty(cls, like: Tensor, b: int, n: int, k: int) -> "SparseLinks":
+        "No links yet; the indices are distinct and never a slot's own."
+        index = (torch.arange(n, device=like.device).unsqueeze(-1) + torch.arange(1, k + 1, device=like.device)) % n
+        return cls(index.expand(b, 2, n, k).contiguous(), like.new_zeros(b, 2, n, k))
+
+# %% ../nbs/00_core.ipynb #53fbac05
+@torch.no_grad()
+def update_sparse_links(
+    links: SparseLinks,
+    precedence: Tensor,  # (b, n)
+    write_weights: Tensor,  # (b, n)
+) -> tuple[SparseLinks, Tensor]:
+    "What is written now follows what was written last; the k strongest links of each slot stay. Rae et al. 2016."
+    w, (index, value), k = write_weights, links, links.index.shape[-1]
+    rows, others = torch.stack([w, precedence], 1), torch.stack([precedence, w], 1)  # (b, 2, n)
+    at = lambda v: v.gather(-1, index.flatten(2)).view_as(value)
+    value = (1 - w[:, None, :, None] - at(w.unsqueeze(1).expand_as(rows))) * value + rows.unsqueeze(-1) * at(others)
+    best, which = (v.unsqueeze(2) for v in others.topk(k))  # (b, 2, 1, k) candidates, the same for all rows
+    itself = torch.arange(w.shape[-1], device=w.device).unsqueeze(-1)
+    known = (index.unsqueeze(-1) == which.unsqueeze(-2)).any(-2) | (which == itself)
+    offered = (rows.unsqueeze(-1) * best).masked_fill(known, -1)
+    value, keep = torch.cat([value, offered], -1).topk(k)
+    index = torch.cat([index, which.expand_as(offered)], -1).gather(-1, keep)
+    return SparseLinks(index, value), (1 - w.sum(-1, keepdim=True)) * precedence + w
+
+
+def follow_sparse_links(links: SparseLinks, read_weights: Tensor) -> tuple[Tensor, Tensor]:  # forward and backward, (b, r, n) each
+    "The same step as `follow_links`, along the strongest links only."
+    b, r, n = read_weights.shape
+    index, value = (v.flatten(2).unsqueeze(2) for v in links)  # (b, 2, 1, n * k)
+    steps = read_weights.unsqueeze(1).expand(b, 2, r, n).gather(-1, index.expand(b, 2, r, -1)) * value
+    return steps.unflatten(-1, (n, -1)).sum(-1).unbind(1)
 
 # %% ../nbs/00_core.ipynb #4a994171
 class TopK(NamedTuple):

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONTROLLERS', 'MASK_FLOOR', 'SHARPEN_FLOOR', 'DifferentiableNeuralComputer', 'DNCConfig', 'Interface',
-           'InterfaceLayout', 'masked_weights', 'SparseLinks', 'update_sparse_links', 'follow_sparse_links', 'DNCState',
-           'begin', 'control', 'write_weighting', 'read_weighting', 'init_parameters', 'DNCCell', 'DNC', 'DNCTrace',
-           'trace']
+           'InterfaceLayout', 'masked_weights', 'DNCState', 'begin', 'control', 'write_weighting', 'read_weighting',
+           'init_parameters', 'DNCCell', 'DNC', 'DNCTrace', 'trace']
 
 # %% ../nbs/06_dnc.ipynb #bef0656a
 import math
@@ -17,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import (allocation, content_weights, erase_add, follow_links, inverse_norm, read, retention, sharpen,
-                                  update_links, update_usage)
+from .core import (SparseLinks, allocation, content_weights, erase_add, follow_links, follow_sparse_links, inverse_norm, read,
+                                  retention, sharpen, update_links, update_sparse_links, update_usage)
 
 # %% ../nbs/06_dnc.ipynb #0710be67
 @dataclass
@@ -105,46 +104,6 @@ def masked_weights(
     lengths = square @ memory.square().mT  # squared
     scores = (keys * square) @ memory.mT * lengths.where(lengths > 1e-16, torch.inf).rsqrt() * inverse_norm(keys * masks).unsqueeze(-1)
     return (scores * strengths.unsqueeze(-1)).softmax(-1)
-
-# %% ../nbs/06_dnc.ipynb #9b39379e
-class SparseLinks(NamedTuple):
-    "The strongest links of each slot: what it was written after (row 0), and what was written after it (row 1)."
-    index: Tensor  # (b, 2, n, k) the other slot; k different ones
-    value: Tensor  # (b, 2, n, k)
-
-    @classmethod
-    def empty(cls, like: Tensor, b: int, n: int, k: int) -> "SparseLinks":
-        "No links yet; the indices are distinct and never a slot's own."
-        index = (torch.arange(n, device=like.device).unsqueeze(-1) + torch.arange(1, k + 1, device=like.device)) % n
-        return cls(index.expand(b, 2, n, k).contiguous(), like.new_zeros(b, 2, n, k))
-
-# %% ../nbs/06_dnc.ipynb #6de82401
-@torch.no_grad()
-def update_sparse_links(
-    links: SparseLinks,
-    precedence: Tensor,  # (b, n)
-    write_weights: Tensor,  # (b, n)
-) -> tuple[SparseLinks, Tensor]:
-    "What is written now follows what was written last; the k strongest links of each slot stay. Rae et al. 2016."
-    w, (index, value), k = write_weights, links, links.index.shape[-1]
-    rows, others = torch.stack([w, precedence], 1), torch.stack([precedence, w], 1)  # (b, 2, n)
-    at = lambda v: v.gather(-1, index.flatten(2)).view_as(value)
-    value = (1 - w[:, None, :, None] - at(w.unsqueeze(1).expand_as(rows))) * value + rows.unsqueeze(-1) * at(others)
-    best, which = (v.unsqueeze(2) for v in others.topk(k))  # (b, 2, 1, k) candidates, the same for all rows
-    itself = torch.arange(w.shape[-1], device=w.device).unsqueeze(-1)
-    known = (index.unsqueeze(-1) == which.unsqueeze(-2)).any(-2) | (which == itself)
-    offered = (rows.unsqueeze(-1) * best).masked_fill(known, -1)
-    value, keep = torch.cat([value, offered], -1).topk(k)
-    index = torch.cat([index, which.expand_as(offered)], -1).gather(-1, keep)
-    return SparseLinks(index, value), (1 - w.sum(-1, keepdim=True)) * precedence + w
-
-
-def follow_sparse_links(links: SparseLinks, read_weights: Tensor) -> tuple[Tensor, Tensor]:  # forward and backward, (b, r, n) each
-    "The same step as `follow_links`, along the strongest links only."
-    b, r, n = read_weights.shape
-    index, value = (v.flatten(2).unsqueeze(2) for v in links)  # (b, 2, 1, n * k)
-    steps = read_weights.unsqueeze(1).expand(b, 2, r, n).gather(-1, index.expand(b, 2, r, -1)) * value
-    return steps.unflatten(-1, (n, -1)).sum(-1).unbind(1)
 
 # %% ../nbs/06_dnc.ipynb #fe0a0f44
 class DNCState(NamedTuple):
