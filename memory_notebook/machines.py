@@ -207,7 +207,7 @@ class LoopedCell(NTMCell):
         o, i, f, g = (driven + F.linear(torch.cat([hidden, *reads.unbind(1)], -1), self.recurrent.weight)).chunk(4, -1)
         cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
         hidden = torch.sigmoid(o) * torch.tanh(cell)
-        weight, bias, r = self.layout.split(self.heads.weight.T), self.layout.split(self.heads.bias), self.config.read_heads
+        weight, bias, r = self.layout.split(self.interface.weight.T), self.layout.split(self.interface.bias), self.config.read_heads
         emit = lambda name, j: hidden @ getattr(weight, name)[:, j] + getattr(bias, name)[j]
         addresses, fetched, bound = [], [], torch.tanh if self.config.bounded else lambda v: v
         for j in range(self.layout.heads):
@@ -240,7 +240,7 @@ class _PytorchNTM(nn.Module):
             lstm.bias_ih_l0.copy_(reorder(cell.input.bias))
             lstm.weight_hh_l0.copy_(reorder(cell.recurrent.weight[:, :split])); lstm.bias_hh_l0.zero_()
             for kind in ("weight", "bias"):
-                v = p.split(getattr(cell.heads, kind).T)
+                v = p.split(getattr(cell.interface, kind).T)
                 at = lambda j: [u[..., j, :] for u in (v.keys, v.strengths, v.gates, v.shifts, v.gammas)]
                 getattr(reader.fc_read, kind).copy_(torch.cat(at(0), -1).T)
                 getattr(writer.fc_write, kind).copy_(torch.cat([*at(1), v.erases[..., 0, :], v.adds[..., 0, :]], -1).T)
