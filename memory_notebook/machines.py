@@ -22,11 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import set_seed
-from .dnc_bench import peak_mb, race
 from .ntm import NTM, NTMCell, NTMState
 from .practice import examine, train_sequence
 from .tasks import bits_per_sequence, get_task, optimal_ngram
-from .train import History, Run, benchmark, experiment, over_seeds
+from .train import History, Run, benchmark, experiment, over_seeds, peak_mb, race
 
 # %% ../nbs/06ab_machines.ipynb #86465e55
 MACHINES = {"ntm": ("ntm", "NTM"), "dnc": ("dnc", "DNC"), "lstm": ("practice", "LSTM")}  # name -> module, class

@@ -7,7 +7,7 @@ __all__ = ['COUNTERS', 'REGISTRY', 'pack', 'unpack', 'write_atomic', 'save_check
            'set_rng_state', 'loader', 'Callback', 'History', 'accuracy', 'default_step', 'evaluate', 'Loop',
            'EarlyStop', 'pick_device', 'make_accelerator', 'progress_bar', 'fit', 'MemoryTrainer', 'Run', 'Experiment',
            'convert', 'experiment', 'benchmark', 'over_seeds', 'machine', 'commit', 'versions', 'run_experiment',
-           'save_result', 'load_result']
+           'save_result', 'load_result', 'race', 'peak_mb']
 
 # %% ../nbs/00b_train.ipynb #03db8f71
 import inspect
@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import random
+import statistics
 import subprocess
 import sys
 import time
@@ -559,3 +560,34 @@ def load_result(
     for folder in (p / sub for p in (here, *here.parents) for sub in ("results", "nbs/results")):
         if (file := folder / f"{name}.json").is_file(): return json.loads(file.read_text())
     raise FileNotFoundError(f"no results/{name}.json at or above {here}: run `memory_notebook run {name}` in a checkout of the book")
+
+# %% ../nbs/00b_train.ipynb #d31c5b02
+def race(
+    runs: dict[str, Callable[[], Any]],  # contestants, already warm
+    turns: int,
+    least: float = 0.1,
+) -> dict[str, float]:
+    "Median seconds of each, taking turns; one turn is as many runs as fit into `least` seconds, for training runs the same thing again and again."
+    def turn(f: Callable, repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats): f()
+        return (time.perf_counter() - start) / repeats
+    repeats = {k: max(1, int(least / turn(f, 1))) for k, f in runs.items()}
+    times = {k: [] for k in runs}
+    for _ in range(turns):
+        for k, f in runs.items(): times[k].append(turn(f, repeats[k]))
+    return {k: statistics.median(v) for k, v in times.items()}
+
+
+def peak_mb(
+    module: str,  # of this package, with a function `_contestant`
+    small: tuple,  # arguments of a contestant that warms up
+    large: tuple,  # arguments of the one that is measured
+) -> float:
+    "Megabytes that a contestant's run adds to a fresh process (Linux)."
+    code = (f"import sys, torch; sys.path[:] = {sys.path!r}; torch.set_num_threads(1); from memory_notebook.{module} import _contestant\n"
+            f"_contestant(*{small!r})(); run = _contestant(*{large!r})\n"
+            "open('/proc/self/clear_refs', 'w').write('5')\n"
+            "kb = lambda name: int(next(l for l in open('/proc/self/status') if l.startswith(name)).split()[1])\n"
+            "before = kb('VmRSS'); run(); print((kb('VmHWM') - before) / 1024)")
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
