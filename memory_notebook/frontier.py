@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEMPLATES', 'STATEMENTS', 'QUESTION', 'MONTHS', 'RECIPES', 'METHODS', 'REGIMES', 'made_up', 'Rows', 'join', 'World',
            'copies', 'tokenizer', 'make_model', 'knows', 'Corpus', 'Warmup', 'lm_step', 'pretrain', 'Method', 'Learner',
-           'examine', 'teach_in_sequence', 'teach_in_batches', 'balance', 'collect', 'frontier']
+           'examine', 'teach_in_sequence', 'teach_in_batches', 'balance', 'collect', 'around', 'frontier']
 
 # %% ../nbs/08c_frontier.ipynb #0d6f1084
 import copy
@@ -348,6 +348,19 @@ def collect(
     return out
 
 # %% ../nbs/08c_frontier.ipynb #8f331ac7
+def around(
+    points: list[tuple[str, str, float]],  # (regime, method, learning rate)
+    scores: dict[tuple[str, str, float], list[dict]],  # with those of the first seed
+) -> list[tuple[str, str, float]]:
+    "Of each method in sequence the best learning rate and its neighbours, in batches the best."
+    kept = []
+    for regime, name in dict.fromkeys(p[:2] for p in points):
+        rates = sorted(lr for r, m, lr in points if (r, m) == (regime, name))
+        best = max(range(len(rates)), key=lambda i: balance(scores[regime, name, rates[i]][0])); near = int(regime == "sequence")
+        kept += [(regime, name, lr) for lr in rates[max(0, best - near):best + near + 1]]
+    return kept
+
+
 @experiment("frontier", help="teach new facts in ten ways and count what is forgotten")
 def frontier(run: Run, *,
     method: tuple[str, ...] = ("all",),  # by name
@@ -367,7 +380,7 @@ def frontier(run: Run, *,
             if base not in models: models[base] = pretrain(world, base, seed, device=device, checkpoint=run.checkpoint(f"{base}-seed{seed}"))
             return models[base]
         for base in ("dense", "memory"): before.setdefault(base, []).append(run.unit(f"before-{base}-seed{seed}", lambda: examine(model(base), world)))
-        for regime, name, lr in points:
+        for regime, name, lr in points if seed == 0 else around(points, scores):
             teach = lambda: REGIMES[regime](model(METHODS[name].base), world, METHODS[name], lr, seed=seed)
             scores[regime, name, lr].append(run.unit(f"{regime}-{name}-lr{lr:g}-seed{seed}", teach))
     return collect(scores) | {f"before.{base}.{k}": v for base, rows in before.items() for k, v in over_seeds(rows).items()}
