@@ -6,7 +6,7 @@
 __all__ = ['TRIALS', 'TEXTS', 'normal_form', 'canonical_ids', 'train_tokenizer', 'encode', 'primes_from', 'NgramHash',
            'EngramConfig', 'EngramState', 'agreement', 'causal_filter', 'Engram', 'EngramCache', 'engram_class',
            'add_engram', 'engram_off', 'engram_groups', 'Windows', 'Recipe', 'lm_step', 'text_loss', 'Trial', 'make_lm',
-           'practise', 'load_texts', 'engram_experiment']
+           'practise', 'load_texts', 'engram_experiment', 'engram_table']
 
 # %% ../nbs/08a_engram.ipynb #68fb8a93
 import math
@@ -63,12 +63,12 @@ def train_tokenizer(
     words.train_from_iterator(text.splitlines(keepends=True), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|end|>")
 
-
+# %% ../nbs/08a_engram.ipynb #34fa7f7c
 def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:  # (t,)
     "A long text as one row of token numbers."
     return torch.tensor([i for line in tokenizer(text.splitlines(keepends=True))["input_ids"] for i in line])
 
-# %% ../nbs/08a_engram.ipynb #38dcf23a
+# %% ../nbs/08a_engram.ipynb #0002b6ac
 def primes_from(start: int, count: int) -> list[int]:
     "The first primes that are at least `start`."
     found, n = [], max(start, 2)
@@ -77,7 +77,7 @@ def primes_from(start: int, count: int) -> list[int]:
         n += 1
     return found
 
-
+# %% ../nbs/08a_engram.ipynb #db601a07
 class NgramHash(nn.Module):
     "From tokens to row numbers of one large table. Cheng et al. 2026, section 2.2."
     def __init__(self,
@@ -89,7 +89,8 @@ class NgramHash(nn.Module):
         seed: int = 0,
     ):
         super().__init__()
-        if max_order < 2 or heads < 1 or rows < 2: raise ValueError(f"expected max_order >= 2, heads >= 1 and rows >= 2, got {max_order}, {heads} and {rows}")
+        if max_order < 2 or heads < 1 or rows < 2:
+            raise ValueError(f"expected max_order >= 2, heads >= 1 and rows >= 2, got {max_order}, {heads} and {rows}")
         count, self.max_order, self.nothing = (max_order - 1) * heads, max_order, int(canonical.max()) + 1
         primes = primes_from(rows, (ordinal + 1) * count)[-count:]
         draws = np.random.default_rng(seed + 10_007 * ordinal).integers(0, (2**63 - 1) // (self.nothing + 1) // 2, max_order)
@@ -118,7 +119,7 @@ class NgramHash(nn.Module):
         for term in terms.unbind(-1)[1:]: mixes.append(mixes[-1] ^ term)
         return (torch.stack(mixes[1:], -1).unsqueeze(-1) % self.primes + self.offsets).flatten(2)
 
-# %% ../nbs/08a_engram.ipynb #7ae40b7c
+# %% ../nbs/08a_engram.ipynb #527dc0c1
 @dataclass
 class EngramConfig:
     "Sizes of an Engram. Defaults: the 27 B model of Cheng et al. 2026."
@@ -140,13 +141,13 @@ class EngramConfig:
         if self.memory_dim % (count := (self.max_order - 1) * self.heads):
             raise ValueError(f"memory_dim is {self.memory_dim}: expected a multiple of {count}, {self.max_order - 1} orders times {self.heads} heads")
 
-
+# %% ../nbs/08a_engram.ipynb #6f303455
 class EngramState(NamedTuple):
     "What has to be known of the past."
     tokens: Tensor  # (b, N - 1) the last ones, compressed
     values: Tensor  # (b, (kernel - 1) N, M, d) that the convolution still reaches
 
-# %% ../nbs/08a_engram.ipynb #2c05d931
+# %% ../nbs/08a_engram.ipynb #390e59af
 def agreement(
     query: Tensor,  # (..., d) normed
     key: Tensor,  # (..., d) normed
@@ -156,7 +157,7 @@ def agreement(
     score = (query * key).sum(-1, keepdim=True) / math.sqrt(query.shape[-1])
     return (score.sign() * score.abs().clamp(min=1e-6).sqrt() if signed_root else score).sigmoid()
 
-
+# %% ../nbs/08a_engram.ipynb #9073ed71
 def causal_filter(
     window: Tensor,  # (b, (k - 1) step + t, ...) values, with those before the first
     taps: Tensor,  # (k, ...), the last for the newest value
@@ -166,7 +167,7 @@ def causal_filter(
     t = window.shape[1] - (len(taps) - 1) * step
     return sum(tap * window[:, i * step:][:, :t] for i, tap in enumerate(taps))
 
-# %% ../nbs/08a_engram.ipynb #6f303455
+# %% ../nbs/08a_engram.ipynb #ae69e977
 class Engram(nn.Module):
     "Conditional memory: look up the last tokens, gate by the hidden state, smooth. Cheng et al. 2026, eq. 4 to 6."
     def __init__(self,
@@ -208,7 +209,7 @@ class Engram(nn.Module):
         out = values + F.silu(causal_filter(window, self.taps, c.max_order)) if c.kernel else values
         return out.reshape(shape), EngramState(torch.cat([before, tokens], 1)[:, -before.shape[1]:], window[:, shape[1]:])
 
-# %% ../nbs/08a_engram.ipynb #088fbf47
+# %% ../nbs/08a_engram.ipynb #88660124
 class EngramCache:
     "The state of one Engram as a layer of transformers' cache."
     supports_early_init = is_compileable = is_croppable = False
@@ -229,18 +230,19 @@ class EngramCache:
     @classmethod
     def of(cls, cache: Any, ordinal: int, depth: int) -> "EngramCache":
         "The layer that belongs to an Engram, behind those of the blocks; made when it is missing."
-        if not hasattr(cache, "layers"): raise TypeError(f"expected a cache with layers, got a {type(cache).__name__}: use one of transformers >= 4.56")
+        if not hasattr(cache, "layers"): raise TypeError(f"expected a cache with layers, got {type(cache).__name__}: update transformers")
         if found := next((l for l in cache.layers if isinstance(l, cls) and l.ordinal == ordinal), None): return found
         while len(cache.layers) < depth: cache.layers.append(cache.layer_class_to_replicate())
         cache.layers.append(found := cls(ordinal))
         return found
 
-# %% ../nbs/08a_engram.ipynb #07323fc5
+# %% ../nbs/08a_engram.ipynb #c70f2134
 def _hand_down(base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     "Before the model runs: its tokens and its mask go along with the keyword arguments."
     ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
     if ids is None: raise ValueError("an Engram looks up tokens: call the model with input_ids, not with inputs_embeds")
-    if mask is not None and mask.dim() != 2: raise ValueError(f"attention_mask is {tuple(mask.shape)}: an Engram needs the one of shape (b, t), and a cache that grows, for static ones make their own")
+    if mask is not None and mask.dim() != 2:
+        raise ValueError(f"attention_mask is {tuple(mask.shape)}: an Engram needs the one of shape (b, t), and a cache that grows (static ones make their own mask)")
     return args, kwargs | {"engram": (ids, mask if mask is None else mask[:, -ids.shape[1]:])}
 
 
@@ -255,7 +257,7 @@ def _recall(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     if kept is not None: kept.state = state
     return (hidden + y, *rest), kwargs
 
-# %% ../nbs/08a_engram.ipynb #09141bd5
+# %% ../nbs/08a_engram.ipynb #d6eee1ed
 def _stack(model: PreTrainedModel) -> nn.ModuleList:
     "The blocks of a language model."
     found = next((m for m in model.base_model.children() if isinstance(m, nn.ModuleList)), None)
@@ -263,7 +265,7 @@ def _stack(model: PreTrainedModel) -> nn.ModuleList:
     return found
 
 
-def _install(model: PreTrainedModel, layers: list[int], classes: int, vocab: int, canonical: Tensor | None = None, **sizes: Any) -> None:
+def _install(model: PreTrainedModel, layers: list[int], classes: int, vocab: int, canonical: Tensor | None = None, **sizes: Any):
     "Build the Engrams that a configuration describes; which tokens are the same comes with the weights if it is not given."
     stack, config, like = _stack(model), EngramConfig(**sizes), next(model.parameters())
     if canonical is None: canonical = torch.arange(vocab, device="cpu").clamp(max=classes - 1)
@@ -273,7 +275,7 @@ def _install(model: PreTrainedModel, layers: list[int], classes: int, vocab: int
     model.base_model.register_forward_pre_hook(_hand_down, with_kwargs=True)
     for block in stack: block.register_forward_pre_hook(_recall, with_kwargs=True)
 
-
+# %% ../nbs/08a_engram.ipynb #ef869e09
 @lru_cache(maxsize=None)
 def engram_class(
     cls: type[PreTrainedModel],  # such as GPT2LMHeadModel
@@ -292,7 +294,7 @@ def engram_class(
     AutoConfig.register(Config.model_type, Config, exist_ok=True); AutoModelForCausalLM.register(Config, Model, exist_ok=True)
     return Model
 
-# %% ../nbs/08a_engram.ipynb #c0772411
+# %% ../nbs/08a_engram.ipynb #f49f8869
 def add_engram(
     model: PreTrainedModel,  # GPT-2, Llama, or built like them; changed in place
     layers: Iterable[int],  # blocks that get one before their attention; the paper: the second and the middle one
@@ -304,14 +306,15 @@ def add_engram(
     if hasattr(model.config, "engram"): raise ValueError("this model has Engrams already")
     if not layers or layers[0] < 0 or layers[-1] >= depth: raise ValueError(f"layers are {layers}: expected some of 0 to {depth - 1}")
     canonical = torch.arange(vocab) if canonical is None else canonical.cpu()
-    if len(canonical) > vocab: raise ValueError(f"canonical has {len(canonical)} tokens and the model {vocab}: take those of the model's tokenizer")
-    canonical = torch.cat([canonical, int(canonical.max()) + 1 + torch.arange(vocab - len(canonical))])  # rows of the embedding that no token uses
+    if len(canonical) > vocab: raise ValueError(f"canonical has {len(canonical)} tokens and the model {vocab}: use the model's own tokenizer")
+    spare = torch.arange(vocab - len(canonical))  # rows of the embedding that no token uses
+    canonical = torch.cat([canonical, int(canonical.max()) + 1 + spare])
     known = {"layers": layers, "classes": int(canonical.max()) + 1, "vocab": vocab, **asdict(EngramConfig(model.config.hidden_size, **sizes))}
     _install(model, **known, canonical=canonical)
     model.__class__ = engram_class(type(model)); model.config.__class__ = model.config_class; model.config.engram = known
     return model
 
-
+# %% ../nbs/08a_engram.ipynb #3ca4fecf
 @contextmanager
 def engram_off(model: nn.Module) -> Iterator[None]:
     "Inside, the model runs as if it had no Engram."
@@ -322,7 +325,7 @@ def engram_off(model: nn.Module) -> Iterator[None]:
     finally:
         for m in engrams: m.off = False
 
-# %% ../nbs/08a_engram.ipynb #6ddbcbc9
+# %% ../nbs/08a_engram.ipynb #00474167
 def engram_groups(
     model: nn.Module,
     lr: float,  # of everything but the tables
@@ -332,9 +335,10 @@ def engram_groups(
     "Parameter groups for an optimiser: the tables apart. Cheng et al. 2026, section 4.1."
     tables = [m.table.weight for m in model.modules() if isinstance(m, Engram)]
     rest = [p for p in model.parameters() if p.requires_grad and not any(p is t for t in tables)]
-    return [{"params": rest, "lr": lr, "weight_decay": weight_decay}, *([{"params": tables, "lr": factor * lr, "weight_decay": 0.0}] if tables else [])]
+    groups = [{"params": rest, "lr": lr, "weight_decay": weight_decay}]
+    return groups + [{"params": tables, "lr": factor * lr, "weight_decay": 0.0}] * bool(tables)
 
-# %% ../nbs/08a_engram.ipynb #00474167
+# %% ../nbs/08a_engram.ipynb #ffbfd79d
 class Windows:
     "An epoch of random windows of a text."
     def __init__(self, tokens: Tensor, batches: int, batch_size: int, length: int, seed: int = 0):
@@ -349,7 +353,7 @@ class Windows:
         for _ in range(self.batches):
             yield (self.tokens[torch.randint(len(self.tokens) - t + 1, (b, 1), generator=self.generator) + torch.arange(t)],)
 
-
+# %% ../nbs/08a_engram.ipynb #b6892f2e
 class Recipe(Callback):
     "The learning rate rises, and falls along a cosine to zero; gradients are clipped, sparse ones too."
     def __init__(self,
@@ -365,12 +369,12 @@ class Recipe(Callback):
 
     def after_backward(self, loop: Loop) -> None: clip_grad_rows_(loop.model.parameters(), self.clip)
 
-# %% ../nbs/08a_engram.ipynb #89b707f6
+# %% ../nbs/08a_engram.ipynb #a84908d2
 def lm_step(model: nn.Module, batch: tuple[Tensor], loss_fn: Any = None) -> tuple[Tensor, None]:
     "Mean cross-entropy of the next token, in nats."
     return model(input_ids=batch[0], labels=batch[0]).loss, None
 
-
+# %% ../nbs/08a_engram.ipynb #12767fdc
 @torch.no_grad()
 def text_loss(
     model: PreTrainedModel,
@@ -382,7 +386,7 @@ def text_loss(
     rows = tokens[:len(tokens) // length * length].view(-1, length)[::every].to(model.device)
     return sum(lm_step(model, (part,))[0].item() * len(part) for part in rows.split(128)) / len(rows)
 
-# %% ../nbs/08a_engram.ipynb #b12419f2
+# %% ../nbs/08a_engram.ipynb #edf96f9a
 @dataclass
 class Trial:
     "One way to spend the extra parameters."
@@ -399,7 +403,7 @@ TRIALS = {
     "no_compression": Trial(compress=False), "one_head": Trial(heads=1), "signed_root": Trial(options={"signed_root": True}),
 }
 
-
+# %% ../nbs/08a_engram.ipynb #81ffb3b3
 def make_lm(
     trial: Trial,
     canonical: Tensor,  # (vocab,)
@@ -409,7 +413,8 @@ def make_lm(
 ) -> GPT2LMHeadModel:
     "A GPT-2 of three layers, 64 wide, with the extra parameters where the trial puts them."
     d, layers, width, heads = 64, 3, 64, trial.heads
-    extra, sizes = 0 if trial.share is None else round(extra * trial.factor), {"heads": heads, "memory_dim": width, "sparse": True} | trial.options
+    extra = 0 if trial.share is None else round(extra * trial.factor)
+    sizes = {"heads": heads, "memory_dim": width, "sparse": True} | trial.options
     around = 2 * (width + 1) * d + (3 + sizes.get("kernel", 4)) * d  # projections, scales and taps of an Engram
     rows = round((extra * trial.share - around) / width) if trial.share else 0  # of a head: all heads together have `width` columns
     inner = 4 * d + round(extra * (1 - (trial.share or 0)) / ((2 * d + 1) * layers))
@@ -420,7 +425,7 @@ def make_lm(
     if not rows: return model
     return add_engram(model, (1,), canonical if trial.compress else None, rows=rows, **sizes)
 
-# %% ../nbs/08a_engram.ipynb #ffec386f
+# %% ../nbs/08a_engram.ipynb #9bf2c96c
 def practise(
     run: Run,
     name: str,  # of the trial
@@ -441,13 +446,14 @@ def practise(
     start = time.process_time()
     history = fit(model, Windows(train, steps // 10, batch_size, length, seed), optimizer=optimizer, epochs=10, step=lm_step,
                   callbacks=[Recipe(steps)], device=device, checkpoint=run.checkpoint(f"{name}-seed{seed}"))
-    row = {"cpu_s": time.process_time() - start, "loss": text_loss(model.eval(), valid, length, 2), "params": sum(p.numel() for p in model.parameters()),
+    row = {"cpu_s": time.process_time() - start, "loss": text_loss(model.eval(), valid, length, 2),
+           "params": sum(p.numel() for p in model.parameters()),
            "table_params": sum(m.table.weight.numel() for m in model.modules() if isinstance(m, Engram))}
     if row["table_params"]:
         with engram_off(model): row["loss_off"] = text_loss(model, valid, length, 2)
     return row | {f"train_loss_at_{steps // 10 * (i + 1)}": v for i, v in enumerate(history["train_loss"])}
 
-# %% ../nbs/08a_engram.ipynb #ffbfd79d
+# %% ../nbs/08a_engram.ipynb #8db61341
 TEXTS = {"wikitext-2": ("train.txt", "valid.txt"), "tinyshakespeare": ("input.txt", "")}
 
 
@@ -461,7 +467,7 @@ def load_texts(
     words = train_tokenizer(train, vocab); tokens = encode(words, valid)
     return encode(words, train), tokens, canonical_ids(words), len(valid.encode()) / len(tokens)
 
-
+# %% ../nbs/08a_engram.ipynb #9c415d01
 @experiment("engram", help="extra parameters in a table of n-grams against a wider feed-forward part")
 def engram_experiment(run: Run, *,
     trial: tuple[str, ...] = ("all",),  # by name
@@ -484,3 +490,17 @@ def engram_experiment(run: Run, *,
         rows = [once(s) for s in range(seeds)]
         out |= {f"{name}.{k}": v for k, v in over_seeds([r | {"bits_per_byte": r["loss"] / size / math.log(2)} for r in rows]).items()}
     return out | {"compression": 1 - (int(texts[2].max()) + 1) / vocab, "bytes_per_token": size}
+
+# %% ../nbs/08a_engram.ipynb #93b92703
+def engram_table(
+    metrics: dict[str, Any],  # of a run or of a stored result
+) -> str:  # Markdown
+    "Trials by their loss, best first."
+    rows = ["| trial | parameters | of these in the table | loss, nats per token | bits per byte | loss with the Engram off | CPU s |", "|---" * 7 + "|"]
+    names = [k.removesuffix(".loss") for k in metrics if k.endswith(".loss")]
+    for name in sorted(names, key=lambda n: metrics[f"{n}.loss"]["mean"]):
+        of = lambda k: metrics[f"{name}.{k}"]
+        off = f"{of('loss_off')['mean']:.3f}" if f"{name}.loss_off" in metrics else "–"
+        rows.append(f"| {name} | {of('params')['mean']:,.0f} | {of('table_params')['mean']:,.0f} | {of('loss')['mean']:.3f} ± {of('loss')['std']:.3f} "
+                    f"| {of('bits_per_byte')['mean']:.3f} | {off} | {of('cpu_s')['mean']:.0f} |")
+    return "\n".join(rows)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHAPTERS', 'app', 'Chapter', 'Usage', 'unknown', 'find', 'load', 'Setting', 'type_name', 'settings', 'text_table',
            'number', 'metrics_table', 'Stopped', 'report', 'execute', 'command_of', 'Names', 'show_list', 'show_data',
-           'explain', 'main']
+           'chat', 'explain', 'main']
 
 # %% ../nbs/12_experiments.ipynb #f471895e
 import contextlib
@@ -58,6 +58,10 @@ CHAPTERS: dict[str, Chapter] = {
         ".machines", "copy_stream_experiment", "copy string after string with few slots: who tidies up?", "results_table"),
     "experiment:traversal": Chapter(
         ".machines", "traversal_experiment", "follow edges on a graph that was told edge by edge", "results_table"),
+    "experiment:engram": Chapter(
+        ".engram", "engram_experiment", "extra parameters in a table of n-grams against a wider feed-forward part"),
+    "experiment:frontier": Chapter(".frontier", "frontier", "teach new facts in ten ways and count what is forgotten"),
+    "experiment:pretrain-gpt2": Chapter(".worldlm", "pretrain_gpt2", "train the small GPT-2 that ships with the package, on the world's corpus"),
     "benchmark:replay": Chapter(".replay", "bench_replay", "draws, updates and additions of replay buffers, side by side", "replay_table"),
     "benchmark:continual": Chapter(
         ".continual", "bench_continual", "a training step beside avalanche, the code of van de Ven et al. and bare matrix products", "continual_table"),
@@ -65,6 +69,8 @@ CHAPTERS: dict[str, Chapter] = {
         ".machines", "bench_ntm", "a Neural Turing Machine forward and backward: by hand, through autograd, and as it is commonly written"),
     "benchmark:dnc": Chapter(
         ".dnc_bench", "bench_dnc", "a Differentiable Neural Computer forward and backward: by hand, autograd, as commonly written; sparse links"),
+    "benchmark:sparse": Chapter(
+        ".scale", "bench_sparse", "a memory layer from 2^14 to 2^20 slots: forward, backward, optimiser, beside product-key-memory and a feed-forward layer"),
     "benchmark:maml": Chapter(".meta", "bench_maml", "a second-order MAML step: the tasks side by side against a loop over them"),
 }
 
@@ -309,6 +315,17 @@ def show_data(
     if as_json: print(json.dumps(rows, indent=1, ensure_ascii=False))
     elif name: print(text_table([[k, f"{v:g}" if k == "megabytes" else {True: "yes", False: "no"}.get(v, v)] for k, v in rows[0].items()]))
     else: print(data.describe())
+
+# %% ../nbs/12_experiments.ipynb #a5c0ffe2
+@app.command("chat-memory", help="Talk to a language model that learns facts: learn, ask, list, forget, save.")
+def chat(
+    folder: Optional[Path] = typer.Argument(None, help="where the facts are kept; without it they are gone in the end"),
+    model: Optional[str] = typer.Option(None, metavar="FOLDER|NAME", help="a causal language model of transformers [default: the one that ships]"),
+    persona: str = typer.Option("default", help="whose memory"),
+) -> None:
+    "`memory_notebook chat-memory`: a conversation in the terminal, or through a pipe."
+    from memory_notebook.gpt2 import chat_memory
+    chat_memory(folder, model, persona)
 
 # %% ../nbs/12_experiments.ipynb #37480609
 def _by_us(e: BaseException) -> bool:

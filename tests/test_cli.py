@@ -159,3 +159,12 @@ def test_interrupted_killed_and_resumed(undisturbed, tmp_path):
 
 def test_data(capsys):
     assert experiments.main(["data", "digits", "--json"]) == 0 and json.loads(capsys.readouterr().out)[0]["here"] is True
+
+
+def test_chat_memory_remembers_in_another_process(tmp_path):
+    command = [sys.executable, "-m", "memory_notebook.experiments", "chat-memory", str(tmp_path / "bank")]
+    say = lambda *lines: subprocess.run(command, input="\n".join(lines) + "\n", capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    first = say("learn Mira Dalwick plays the harp.", "quit")
+    assert first.returncode == 0 and "stored" in first.stdout, first.stderr
+    second = say("list", "ask Mira Dalwick plays the", "quit")
+    assert second.returncode == 0 and "1 facts" in second.stdout and second.stdout.count("plays the harp") >= 2, second.stdout
