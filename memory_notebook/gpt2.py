@@ -497,7 +497,7 @@ class Loading(Answering):
     @classmethod
     def from_pretrained(cls, name: str | Path | None = None, *args: Any, tokenizer: Any = None, read: str | None = None, config: Any = None, **kwargs: Any):
         "Load a model, its tokenizer and, if they were saved with it, calibration and bank. None: the model that ships with the package."
-        name = WORLD if name is None else name
+        if name is None: name = WORLD; kwargs.setdefault("dtype", torch.float32)  # stored in half precision, in which a processor is slow
         hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder") if k in kwargs}
         config = AutoConfig.from_pretrained(name, **hub) if config is None else config
         kind = cls._kind(config)
