@@ -237,10 +237,7 @@ class LearningMemory(RunningMemory):
         out = []
         for i, (text, row, subject) in enumerate(zip(texts, rows, subjects)):
             ends = self.lexicon.ends(row); p = log_p[i, :len(row)]
-            odd: list[tuple[int, int]] = []
-            for j in (p < math.log(self.surprise)).nonzero()[:, 0].tolist():
-                if odd and odd[-1][1] == ends[j - 1]: odd[-1] = odd[-1][0], ends[j]  # runs of tokens
-                elif j: odd.append((ends[j - 1], ends[j]))
+            odd = [(ends[j - 1], ends[j]) for j in (p < math.log(self.surprise)).nonzero()[:, 0].tolist() if j]
             parsed = parse(text, odd, self.lexicon, subject)
             out.append(Reading(text, row, states[i, :len(row)], p, parsed, 0 if parsed is None else next(j for j, e in enumerate(ends) if e > parsed.start)))
         return out
@@ -271,8 +268,8 @@ class TeachableMemory(LearningMemory):
         c, n, state = self.calibration, len(facts), r.states[r.token - 1]
         pool = self.read_pool(entries, facts)
         log_p, each = self.head(state.to(self.model.dtype)).float().log_softmax(-1), torch.arange(n, device=self.device)
-        odds = c.odds(c.features(c.states(state[None]), c.relations(new.key.to(self.device)[None]), torch.zeros_like(each), pool, each,
-                                 log_p[pool.tokens], log_p.max().expand(n)))
+        asked = c.relations(new.key.to(self.device)[None])
+        odds = c.odds(c.features(c.states(state[None]), asked, torch.zeros_like(each), pool, log_p[pool.tokens], log_p.max().expand(n)))
         return new._replace(relation=facts[int(odds.argmax())].relation) if odds.max() > 0 else new
 
     def read_pool(self, entries: list[int], facts: list[Fact]) -> Pool:
@@ -323,7 +320,7 @@ class TeachableMemory(LearningMemory):
 # %% ../nbs/09b_gpt2.ipynb #0788d281
 class CalibratedMemory(TeachableMemory):
     "A memory that learns what near means."
-    def calibrate(self, probes: list[Probe], leak: float = 0.01, batch_size: int = 64, seed: int = 0) -> dict[str, float]:
+    def calibrate(self, probes: list[Probe], leak: float = 0.03, batch_size: int = 64, seed: int = 0) -> dict[str, float]:
         "Fit metric, marks and weights to probes; what is returned are shares of entries that would be used."
         if len({p.relation for p in probes}) < 2 or len(probes) < 20:
             raise ValueError(f"{len(probes)} probes of {len({p.relation for p in probes})} relations are too few: give some hundred, of several relations and wordings")

@@ -74,6 +74,7 @@ through against below above around behind beside every each some any all both ma
 also today yesterday tomorrow now soon later often always never please dear hello let""".split())
 LINKS = frozenset("of de van von der den du la le del da di al bin ibn".split())
 _WORDS = re.compile(r"(?:(?<!\w)-(?=\d))?[^\W_]+(?:['’.-][^\W_]+)*")
+_STOPS, _SIGNS = re.compile(rb"[.!?\n]"), " \t\"'“”‘’()[]{}<>,;:-–—*_"
 _POSSESSIVE = re.compile(r"['’]s?$")
 _END = re.compile(r"(?:(?<!\b[A-Z])(?<!\bDr)(?<!\bMr)(?<!\bMrs)(?<!\bSt)\.|[!?])[\"'”’)\]]*\s+|\n+")
 
@@ -172,30 +173,28 @@ def object_words(
 def subject_span(
     text: str,
     before: int,  # where the object begins, in characters
+    surprises: list[tuple[int, int]],  # tokens that the model did not expect
     lexicon: Lexicon,
 ) -> Span | None:
     "The best candidate before the object."
     ws = tuple(w for w in words(text) if w.end <= before)
-    runs = name_runs(ws, text)
-    alone = lambda a, b: ws[a].opens and b == a + 1  # every sentence begins with a capital
-    sure = [r for r in runs if not alone(*r)]
-    found = [(lexicon.cost(ws[a].text) + (0.5 if alone(a, b) else 2 + 0.1 * (b - a)), -a, a, b) for a, b in sure or runs]
-    named = {i for a, b in runs for i in range(a, b)}
-    if not sure:  # no name beyond doubt
-        found += [(float(lexicon.cost(w.text)), -i, i, i + 1) for i, w in enumerate(ws)
-                  if i not in named and w.text.lower() not in STOP and lexicon.cost(w.text) >= 3]
-    if not found:
-        i = next((i for i, w in enumerate(ws) if w.text.lower() not in STOP), None)
-        if i is None: return next((Span(PERSONS[w.text.lower()], w.start, w.end) for w in ws if w.text.lower() in PERSONS), None)
-        end = i + 1
-        while end < len(ws) and ws[end].joined and ws[end].text.lower() not in STOP: end += 1
-        found = [(0.0, 0, i, end)]
-    _, _, a, b = max(found)
+    runs, free = name_runs(ws, text), [i for i, w in enumerate(ws) if w.text.lower() not in STOP]
+    new = {i for i, w in enumerate(ws) if any(w.start < a < w.end for a, _ in surprises)}  # words whose own end was unexpected
+    alone = [(a, b) for a, b in runs if ws[a].opens and b == a + 1]  # every sentence begins with a capital
+    named, rarest = {i for a, b in runs for i in range(a, b)}, lambda spans: max(spans, key=lambda s: (lexicon.cost(ws[s[0]].text), -s[0]))
+    if sure := [r for r in runs if r not in alone]: a, b = rarest(sure)
+    elif rare := [(i, i + 1) for i in free if i in new and i not in named]: a, b = rarest(rare)
+    elif alone: a, b = alone[0]
+    elif free:
+        a, b = rarest([(i, i + 1) for i in free]) if max(lexicon.cost(ws[i].text) for i in free) >= 3 else (free[0], free[0] + 1)
+        while b < len(ws) and ws[b].joined and b in free and lexicon.cost(ws[a].text) < 3: b += 1
+    else: return next((Span(PERSONS[w.text.lower()], w.start, w.end) for w in ws if w.text.lower() in PERSONS), None)
     return Span(text[ws[a].start:ws[b - 1].end], ws[a].start, ws[b - 1].end)
+
 
 def parse(
     text: str,
-    surprises: list[tuple[int, int]],  # stretches (characters) that the model did not expect, in order
+    surprises: list[tuple[int, int]],  # tokens (stretches of characters) that the model did not expect, in order
     lexicon: Lexicon,
     subject: str | None = None,  # given, not found
 ) -> Parsed | None:  # None: nothing is said that was not expected, or of nobody
@@ -207,7 +206,7 @@ def parse(
         hit = [end]
         while hit[0] and odd[hit[0] - 1] and ws[hit[0]].joined: hit.insert(0, hit[0] - 1)
         before = ws[next((x for x, y in runs if x <= hit[-1] < y), hit[-1])].start
-        if subject is None: who = subject_span(text, before, lexicon)
+        if subject is None: who = subject_span(text, before, surprises, lexicon)
         else: at = text.casefold().find(subject.casefold()); who = Span(subject, max(at, 0), max(at, 0) + len(subject) * (at >= 0))
         if who is None or who.end > before: continue
         hit = [i for i in hit if ws[i].start >= who.end]
@@ -222,31 +221,35 @@ def parse(
 def spoken(
     sentence: str,
     known: Callable[[str], bool],  # is this, as `normal` writes it, a subject?
+    tails: Any,  # last words of the known subjects
     lexicon: Lexicon,
 ) -> tuple[list[str], bool]:  # known subjects, and whether the sentence has names at all
     "The known subjects of a sentence."
-    ws, found, foreign = words(sentence), [], False
-    runs = name_runs(ws, sentence)
+    ws, found, foreign, named = words(sentence), [], False, set()
+    runs, ends = name_runs(ws, sentence), [i for i, w in enumerate(ws) if normal(w.text) in tails]  # where a subject may end
+    def is_known(first: int, last: int) -> bool:
+        name = normal(sentence[ws[first].start:ws[last].end]) if last in ends else ""
+        if name and known(name): found.append(name)
+        return bool(name) and found[-1:] == [name]
+
     for a, b in runs:
-        name = lambda first: normal(sentence[ws[first].start:ws[b - 1].end])
-        if known(n := name(a)): found.append(n)
-        elif ws[a].opens and b > a + 1 and lexicon.common(ws[a].text) and known(n := name(a + 1)): found.append(n)
-        else: foreign |= (a == 0 or b < len(ws)) and not (ws[a].opens and b == a + 1 and lexicon.common(ws[a].text))
-    named = {i for a, b in runs for i in range(a, b)}
-    for i in range(len(ws)):
-        for j in range(i, min(i + 3, len(ws))):
-            if j in named or j > i and not ws[j].joined: break
-            if known(n := normal(sentence[ws[i].start:ws[j].end])): found.append(n)
+        named |= set(range(a, b)); common = ws[a].opens and lexicon.common(ws[a].text)
+        if not (is_known(a, b - 1) or common and b > a + 1 and is_known(a + 1, b - 1)): foreign |= (a == 0 or b < len(ws)) and not (common and b == a + 1)
+    for j in ends:  # subjects in lower case, of up to three words
+        for i in range(j, max(-1, j - 3), -1):
+            if i in named or i < j and not ws[i + 1].joined: break
+            is_known(i, j)
     if not (found or foreign or runs): found = [p for p in dict.fromkeys(PERSONS.get(w.text.lower()) for w in ws) if p and known(p)]
     return found, bool(found) or foreign
 
 # %% ../nbs/09aa_subjects.ipynb #5169f682
 class Heard(NamedTuple):
     "What has been read of a text so far."
-    sentence: bytes = b""  # the one that goes on
+    sentence: bytes = b""  # the one that goes on; where nobody is spoken of, more may stand before it
     previous: str = ""  # the one before
     subjects: tuple[str, ...] = ()  # known ones that are spoken of now
     earlier: tuple[str, ...] = ()  # those of the sentences before
+    here: bool = False  # the subjects are named in this very sentence
 
 
 class Listener:
@@ -259,22 +262,26 @@ class Listener:
     ):
         self.lexicon, self.known, self.tails, self.most = lexicon, known, tails, most
 
+    def matters(self, text: bytes) -> bool:
+        "Could the last word of a text be the end of a subject?"
+        text = text.rstrip(); word = text[text.rfind(b" ") + 1:].decode(errors="ignore").casefold().strip(_SIGNS)
+        if word[-2:] in ("'s", "’s"): word = word[:-2]
+        return word in self.tails or word in PERSONS and self.known(PERSONS[word])
+
     def listen(self, heard: Heard, id: int) -> Heard:
-        "The state after one more token (-1: padding). Only the sentence is looked at, and mostly not even that."
+        "The state after one more token (-1: padding). The sentence is looked at only where a subject may begin, end or be lost."
         piece = self.lexicon.pieces[id] if id >= 0 else None
         if piece is None: return Heard()
-        plain, sentence = self.lexicon.plain[id], heard.sentence + piece
-        if heard.sentence[-1:].isalnum() and (plain or piece.isalpha() and piece.islower()):  # within a sentence, a word in lower case
-            old, new = (s[s.rfind(b" ") + 1:].decode(errors="ignore") for s in (heard.sentence, sentence))
-            known = lambda word: word in self.tails or word in PERSONS
-            if old.islower() and new.islower() and not known(new) and (plain or not known(old)): return heard._replace(sentence=sentence)
+        sentence, settled = heard.sentence + piece, heard.here or not (heard.subjects or heard.earlier)
+        if settled and len(sentence) < self.most and not _STOPS.search(heard.sentence[-3:] + piece) and not (
+            self.matters(heard.sentence) or self.matters(sentence)): return heard._replace(sentence=sentence)
         text, previous, earlier = sentence.decode(errors="ignore"), heard.previous, heard.earlier
         if ends := [m.end() for m in _END.finditer(text)]:
             previous, text, sentence = text[([0] + ends)[-2]:ends[-1]], text[ends[-1]:], sentence[len(text[:ends[-1]].encode()):]
-            found, named = spoken(previous, self.known, self.lexicon)
+            found, named = spoken(previous, self.known, self.tails, self.lexicon)
             earlier = tuple(found) if named else earlier
-        found, named = spoken(text, self.known, self.lexicon)
-        return Heard(sentence[-self.most:], previous, tuple(found) if named else earlier, earlier)
+        found, named = spoken(text, self.known, self.tails, self.lexicon)
+        return Heard(sentence[-self.most:], previous, tuple(found) if named else earlier, earlier, bool(found))
 
     def follow(self, heard: Heard, ids: Iterable[int]) -> list[Heard]:
         "The state after each of several tokens."
