@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy import ndarray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
@@ -25,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .bank import COLUMNS, Decision, Fact, MemoryBank, NewFact, Retrieved, check_namespace, check_text, normal
 from .core import unit
-from .reads import READS, Calibration, Moment, Pool, Probe, Probed, Read, Session, WordKeys, fit, relation_words
+from .reads import READS, Calibration, Moment, Pool, Probe, Probed, Read, Session, WordKeys, fit, host, relation_words
 from .subjects import Heard, Lexicon, Listener, Parsed, parse, sentences
 from .train import write_atomic
 
@@ -62,7 +64,7 @@ class Memory:
         return self._calibration
 
     @calibration.setter
-    def calibration(self, c: Calibration) -> None: self._calibration = c.to(self.device); self.read.version = -1
+    def calibration(self, c: Calibration) -> None: self._calibration, self.read.version = c, -1
 
     def head(self, hidden: Tensor) -> Tensor: return self.model.get_output_embeddings()(hidden)
     def model_marks(self) -> Tensor: return self.report.get("states", torch.zeros(0, self.width))
@@ -265,18 +267,15 @@ class TeachableMemory(LearningMemory):
         if not ids: return new
         facts = [self.bank[i] for i in ids]
         entries = [f.entries[0] for f in facts]
-        c, n, state = self.calibration, len(facts), r.states[r.token - 1]
-        pool = self.read_pool(entries, facts)
-        log_p, each = self.head(state.to(self.model.dtype)).float().log_softmax(-1), torch.arange(n, device=self.device)
-        asked = c.relations(new.key.to(self.device)[None])
-        odds = c.odds(c.features(c.states(state[None]), asked, torch.zeros_like(each), pool, log_p[pool.tokens], log_p.max().expand(n)))
+        c, pool, state, each = self.calibration, self.read_pool(entries, facts), r.states[r.token - 1], np.zeros(len(facts), int)
+        log_p = host(self.head(state.to(self.model.dtype)).float().log_softmax(-1))
+        odds = c.odds(c.measures(c.states(host(state[None])), c.relations(host(new.key[None])), each, pool, log_p[pool.tokens], log_p.max().repeat(len(facts))))
         return new._replace(relation=facts[int(odds.argmax())].relation) if odds.max() > 0 else new
 
     def read_pool(self, entries: list[int], facts: list[Fact]) -> Pool:
         "One entry of each fact."
-        b, device = self.bank, self.device
-        return self.calibration.pool(b.states.get(entries).to(device), b.keys.get([f.key for f in facts]).to(device), b.marks[entries, 0].to(device),
-                                     torch.zeros(len(facts), dtype=torch.bool, device=device), torch.tensor([f.id for f in facts], device=device))
+        states, keys, tokens = self.bank.states.get(entries), self.bank.keys.get([f.key for f in facts]), self.bank.marks[entries, 0]
+        return self.calibration.pool(host(states), host(keys), tokens.cpu().numpy(), np.zeros(len(facts), bool), np.array([f.id for f in facts]))
 
     def gains(self, readings: list[Reading], facts: list[NewFact]) -> list[float]:
         "By how much each fact, alone in a bank, lowers the loss of its text, in nats a token."
@@ -334,11 +333,10 @@ class CalibratedMemory(TeachableMemory):
                 for found, at in [(end, len(q) - 1)] + [(inner, p) for p in places if p != len(q) - 1]:
                     found.append((states[j, at].cpu(), logits[j, at].log_softmax(-1).cpu(), self.asked(self.lexicon.text((q + a)[:at + 1]), probes[start + j].subject)))
                 of += [start + j] * (len(inner) - len(of))
-        def number(labels: list) -> Tensor: first = {x: i for i, x in enumerate(dict.fromkeys(labels))}; return torch.tensor([first[x] for x in labels])
-        read = lambda found: (torch.stack([s for s, _, _ in found]), self.keys([k for _, _, k in found]), torch.stack([p for _, p, _ in found]))
+        def number(labels: list) -> ndarray: first = {x: i for i, x in enumerate(dict.fromkeys(labels))}; return np.array([first[x] for x in labels])
+        read = lambda found: (np.stack([s for s, _, _ in found]), host(self.keys([k for _, _, k in found])), np.stack([p for _, p, _ in found]))
         probed = Probed(*read(end), number([p.relation for p in probes]), number([p.subject for p in probes]), number([k for _, _, k in end]),
-                        torch.tensor([a[0] for a in answers]),
-                        (*read(inner), torch.tensor(of)))
+                        np.array([a[0] for a in answers]), (*read(inner), np.array(of)))
         self.calibration, shares = fit(probed, leak, seed=seed)
         self.report = {"probes": len(probes), "leak": leak} | shares
         return shares
@@ -527,8 +525,7 @@ class SavedMemory(AskedMemory):
         "Calibration, read and bank."
         said = {"format": 1, "read": self.read.name, "options": self.read.options, "namespace": self.namespace, "report": self.report}
         if self._calibration is not None:
-            tensors = {k: v.cpu().contiguous() for k, v in self.calibration.tensors().items()}
-            write_atomic(folder / "memory_read.safetensors", lambda part: save_file(tensors, part))
+            write_atomic(folder / "memory_read.safetensors", lambda part: save_file(self.calibration.tensors(), part))
         write_atomic(folder / "memory_read.json", lambda part: part.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8"))
         if len(self.bank) or (folder / "memory_bank.json").is_file(): self.bank.save(folder)
 
@@ -541,7 +538,7 @@ class SavedMemory(AskedMemory):
             self.namespace, self.report = check_namespace(said["namespace"]), said["report"]
             self.use(said["read"], **said["options"])
         if (file := folder / "memory_read.safetensors").is_file():
-            c = Calibration(**load_file(file))
+            c = Calibration(**{k: v.numpy() for k, v in load_file(file).items()})
             if c.mean.shape != (self.width,): raise ValueError(f"{file} is of a model with states of width {len(c.mean)}, this one has {self.width}: calibrate again")
             self.calibration = c
         if (folder / "memory_bank.json").is_file(): self.bank = MemoryBank.load(folder)

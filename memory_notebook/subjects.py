@@ -96,17 +96,21 @@ class Word(NamedTuple):
     opens: bool  # it begins a sentence, or follows a label
 
 
-@lru_cache(1 << 12)
+@lru_cache(1 << 14)
 def words(sentence: str) -> tuple[Word, ...]:
-    "The words of a sentence."
-    out, at, owner = [], 0, False
-    for m in _WORDS.finditer(sentence):
+    "The words of a sentence. One that has grown by a word costs one word."
+    cut = sentence.rfind(" "); grown = 0 < cut < 1000 and sentence[cut - 1].isalnum()
+    out, at = (list(words(sentence[:cut])), cut) if grown else ([], 0)
+    owner = bool(out) and out[-1].end < at
+    for m in _WORDS.finditer(sentence, at):
         text, gap = _POSSESSIVE.sub("", m[0]), sentence[at:m.start()]
         initial = gap == ". " and out and len(out[-1].text) == 1
         opens = not out or not initial and re.search(r"[.!?:\n]", gap) is not None
         out.append(Word(text, m.start(), m.start() + len(text), text[0].isupper(), bool(out) and not owner and (gap == " " or initial), opens))
         at, owner = m.end(), len(text) < len(m[0])
     return tuple(out)
+
+
 def sentences(text: str) -> list[str]:
     "The sentences of a text; the last is the one that goes on, and may be empty."
     ends = [0] + [m.end() for m in _END.finditer(text)] + [len(text)]
@@ -226,7 +230,7 @@ def spoken(
 ) -> tuple[list[str], bool]:  # known subjects, and whether the sentence has names at all
     "The known subjects of a sentence."
     ws, found, foreign, named = words(sentence), [], False, set()
-    runs, ends = name_runs(ws, sentence), [i for i, w in enumerate(ws) if normal(w.text) in tails]  # where a subject may end
+    runs, ends = name_runs(ws, sentence), [i for i, w in enumerate(ws) if w.text.casefold() in tails]  # where a subject may end
     def is_known(first: int, last: int) -> bool:
         name = normal(sentence[ws[first].start:ws[last].end]) if last in ends else ""
         if name and known(name): found.append(name)
@@ -249,7 +253,7 @@ class Heard(NamedTuple):
     previous: str = ""  # the one before
     subjects: tuple[str, ...] = ()  # known ones that are spoken of now
     earlier: tuple[str, ...] = ()  # those of the sentences before
-    here: bool = False  # the subjects are named in this very sentence
+    open: bool = True  # whom it speaks of may change with the next token
 
 
 class Listener:
@@ -262,26 +266,25 @@ class Listener:
     ):
         self.lexicon, self.known, self.tails, self.most = lexicon, known, tails, most
 
-    def matters(self, text: bytes) -> bool:
-        "Could the last word of a text be the end of a subject?"
-        text = text.rstrip(); word = text[text.rfind(b" ") + 1:].decode(errors="ignore").casefold().strip(_SIGNS)
+    def matters(self, text: bytes, heard: Heard) -> bool:
+        "Could the last word of a text be the end of a subject, or a name that takes those away who are spoken of?"
+        text = text.rstrip(); name = text[text.rfind(b" ") + 1:].decode(errors="ignore").strip(_SIGNS); word = name.casefold()
         if word[-2:] in ("'s", "’s"): word = word[:-2]
-        return word in self.tails or word in PERSONS and self.known(PERSONS[word])
+        return word in self.tails or word in PERSONS and self.known(PERSONS[word]) or name[:1].isupper() and bool(heard.subjects or heard.earlier)
 
     def listen(self, heard: Heard, id: int) -> Heard:
         "The state after one more token (-1: padding). The sentence is looked at only where a subject may begin, end or be lost."
         piece = self.lexicon.pieces[id] if id >= 0 else None
         if piece is None: return Heard()
-        sentence, settled = heard.sentence + piece, heard.here or not (heard.subjects or heard.earlier)
-        if settled and len(sentence) < self.most and not _STOPS.search(heard.sentence[-3:] + piece) and not (
-            self.matters(heard.sentence) or self.matters(sentence)): return heard._replace(sentence=sentence)
+        sentence = heard.sentence + piece; matters = self.matters(sentence, heard)
+        if not (heard.open or matters or _STOPS.search(heard.sentence[-3:] + piece)) and len(sentence) < self.most: return heard._replace(sentence=sentence)
         text, previous, earlier = sentence.decode(errors="ignore"), heard.previous, heard.earlier
         if ends := [m.end() for m in _END.finditer(text)]:
             previous, text, sentence = text[([0] + ends)[-2]:ends[-1]], text[ends[-1]:], sentence[len(text[:ends[-1]].encode()):]
             found, named = spoken(previous, self.known, self.tails, self.lexicon)
             earlier = tuple(found) if named else earlier
         found, named = spoken(text, self.known, self.tails, self.lexicon)
-        return Heard(sentence[-self.most:], previous, tuple(found) if named else earlier, earlier, bool(found))
+        return Heard(sentence[-self.most:], previous, tuple(found) if named else earlier, earlier, matters or not text)
 
     def follow(self, heard: Heard, ids: Iterable[int]) -> list[Heard]:
         "The state after each of several tokens."
