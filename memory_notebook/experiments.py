@@ -62,6 +62,7 @@ CHAPTERS: dict[str, Chapter] = {
         ".engram", "engram_experiment", "extra parameters in a table of n-grams against a wider feed-forward part"),
     "experiment:frontier": Chapter(".frontier", "frontier", "teach new facts in ten ways and count what is forgotten"),
     "experiment:pretrain-gpt2": Chapter(".worldlm", "pretrain_gpt2", "train the small GPT-2 that ships with the package, on the world's corpus"),
+    "experiment:gpt2-facts": Chapter(".facts", "gpt2_facts", "tell a small GPT-2 ten to a thousand facts and ask what it says now, with every read"),
     "benchmark:replay": Chapter(".replay", "bench_replay", "draws, updates and additions of replay buffers, side by side", "replay_table"),
     "benchmark:continual": Chapter(
         ".continual", "bench_continual", "a training step beside avalanche, the code of van de Ven et al. and bare matrix products", "continual_table"),

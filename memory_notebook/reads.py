@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['MEASURES', 'PRODUCTS', 'READS', 'Row', 'Session', 'Moment', 'Read', 'content', 'relation_words', 'normed', 'host',
            'WordKeys', 'EncoderKeys', 'Probe', 'whitening', 'means', 'logistic', 'expand', 'weights_of', 'Pool',
-           'Calibration', 'Probed', 'fit', 'Part', 'pairs', 'PooledRead', 'KnnRead', 'Seen', 'CopyRead', 'TextRead',
-           'KvRead', 'GraceRead', 'LinearRead', 'SimpleMemoryAttention', 'GateRead']
+           'Calibration', 'Probed', 'fit', 'Part', 'pairs', 'PooledRead', 'KnnRead', 'Seen', 'carried', 'mix',
+           'CopyRead', 'TextRead', 'KvRead', 'GraceRead', 'LinearRead', 'SimpleMemoryAttention', 'GateRead']
 
 # %% ../nbs/09ab_reads.ipynb #7e398b8c
 import math
 import zlib
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any, Callable, Iterable, NamedTuple
 
 import numpy as np
@@ -206,7 +205,7 @@ class Pool(NamedTuple):
     def join(cls, pools: list["Pool"]) -> "Pool": return cls(*map(np.concatenate, zip(*pools)))
     def take(self, entries: ndarray) -> "Pool": return Pool(*(v[entries] for v in self))
 
-
+# %% ../nbs/09ab_reads.ipynb #5d9e1b01
 @dataclass
 class Calibration:
     "What near means to one model."
@@ -268,7 +267,7 @@ class Probed(NamedTuple):
     token: ndarray  # (n,) first of the answer
     within: tuple[ndarray, ndarray, ndarray, ndarray]  # states, keys and log_p of other places (m, ...), and the probe of each
 
-
+# %% ../nbs/09ab_reads.ipynb #5d9e1b03
 def _measure(states: ndarray, keys: ndarray, relation: ndarray, nowhere: ndarray) -> Calibration:
     "Metric and marks."
     metrics = *whitening(states.astype(float), relation), states, *whitening(keys.astype(float), relation), keys
@@ -309,7 +308,7 @@ def fit(
     c.weights = weights_of(np.concatenate([[-bound], slopes]), near)
     return c, {name: float((odds[:len(kind)][kind == k] > bound).mean()) for k, name in enumerate(("same", "other", "elsewhere"))} | {"near": float(near)}
 
-
+# %% ../nbs/09ab_reads.ipynb #5d9e1b04
 def _pairs(p: Probed, g: np.random.Generator, each: int = 6) -> tuple[ndarray, ndarray, ndarray]:
     "Pairs of probes (told, asked) and their kind: 0 the same relation, 1 another relation of the subject, 2 a place within a prompt."
     n, of = len(p.states), p.within[3]
@@ -409,6 +408,47 @@ class Seen(NamedTuple):
         z, token = host(log_z), host(logits[torch.from_numpy(place).to(device), torch.from_numpy(tokens).to(device)])
         return cls(host(hidden), token - z[place], host(logits.amax(-1)) - z, log_z, row, column[here])
 
+# %% ../nbs/09ab_reads.ipynb #7a1c5d01
+def carried(
+    own: ndarray,  # (p,) log odds of pairs by themselves
+    before: ndarray,  # (p,) the pair one place and one entry before; -1: none
+    taken: ndarray,  # (p,) whether the text has just taken the token of the entry before
+    within: ndarray,  # (p,) whether there is one, in the same run
+    last: ndarray,  # (p,) what that one weighed at the end of the call before
+    back: int,  # places at most
+) -> ndarray:
+    "An entry within a run counts only if its predecessor counted and was taken, and then at least as much as that did."
+    odds = np.where(within & ~taken, -math.inf, own)
+    for _ in range(back if taken.any() else 0):
+        ahead = np.where(before >= 0, odds[before], last)
+        new = np.where(taken, np.where(ahead > -math.inf, np.maximum(own, ahead), -math.inf), odds)
+        if (new == odds).all(): break
+        odds = new
+    return odds
+
+
+def mix(
+    logits: Tensor,  # (b, k, V)
+    odds: ndarray,  # (p,)
+    place: ndarray,  # (p,)
+    entries: Pool,  # of each pair
+    seen: Seen,
+    floor: float,  # smallest weight that changes anything
+) -> tuple[Tensor, set[int]]:  # logits, ids of the facts that were used
+    "The entries' tokens get their share of the probability; all other logits keep their bits."
+    best, least = np.full(len(seen.row), -math.inf, np.float32), math.log(floor / (1 - floor)); np.maximum.at(best, place, odds)
+    fires = ((best >= least) & (seen.column >= 0))[place] & (odds > best[place] - 30)
+    if not fires.any(): return logits, set()
+    place, token, odds, fact = place[fires], entries.tokens[fires], odds[fires], entries.facts[fires]
+    key, inverse = np.unique(place * logits.shape[-1] + token, return_inverse=True)
+    share = np.exp(odds - best[place]); share = np.bincount(inverse, share / np.bincount(place, share)[place])  # of each token at its place
+    place, token = np.divmod(key, logits.shape[-1])
+    mass = seen.log_z[place] + torch.from_numpy(best[place] + np.log(share)).to(seen.log_z)
+    if logits.requires_grad: logits = logits.clone()
+    where = tuple(torch.from_numpy(i).to(logits.device) for i in (seen.row[place], seen.column[place], token))
+    logits[where] = torch.logaddexp(logits[where].float(), mass).to(logits.dtype)
+    return logits, set(fact[odds >= least].tolist())
+
 # %% ../nbs/09ab_reads.ipynb #7a1c5d02
 class CopyRead(KnnRead):
     "`KnnRead` with what happens to the logits."
@@ -427,9 +467,11 @@ class CopyRead(KnnRead):
         asked = c.relations(host(self.memory.keys([ws for p in parts for ws in p.asked])))
         odds = c.odds(c.measures(query, asked, place, entries, seen.log_p, top)).clip(-self.limit, self.limit)
         odds[~looks] = -self.UNKNOWN
-        odds = self._carry(odds, before, taken, entries.follows, parts)
+        odds = carried(odds, before, taken, entries.follows, self._last(parts, len(odds)), self.options["back"])
         self._remember(now, parts, odds)
-        return self._add(now.logits, odds, place, entries, seen)
+        logits, used = mix(now.logits, odds, place, entries, seen, self.options["floor"])
+        self.bank.touch(used)
+        return logits
 
     @property
     def limit(self) -> float: return math.log(self.options["most"] / (1 - self.options["most"]))
@@ -442,19 +484,13 @@ class CopyRead(KnnRead):
             self.shape, self.joined = shape, (pool.take(entry), place, before, pool.tokens[entry - 1])
         return self.joined
 
-    def _carry(self, own: ndarray, before: ndarray, taken: ndarray, within: ndarray, parts: list[Part]) -> ndarray:
-        "An entry within a run counts only if its predecessor counted and was taken, and then at least as much as that did."
-        odds = np.where(within & ~taken, -math.inf, own)
-        if not taken.any(): return odds
-        last, starts = np.full_like(own, -self.UNKNOWN), accumulate((len(p.asked) * len(p.pool.tokens) for p in parts), initial=0)
-        for p, start in zip(parts, starts):
+    def _last(self, parts: list[Part], n: int) -> ndarray:
+        "What each pair's predecessor weighed at the end of the call before."
+        last, start = np.full(n, -self.UNKNOWN, np.float32), 0
+        for p in parts:
             if p.weight is not None and len(p.weight) > 1: last[start + 1:start + len(p.weight)] = p.weight[:-1]
-        for _ in range(self.options["back"]):
-            ahead = np.where(before >= 0, odds[before], last)
-            new = np.where(taken, np.where(ahead > -math.inf, np.maximum(own, ahead), -math.inf), odds)
-            if (new == odds).all(): break
-            odds = new
-        return odds
+            start += len(p.asked) * len(p.pool.tokens)
+        return last
 
     def _remember(self, now: Moment, parts: list[Part], odds: ndarray) -> None:
         end = 0
@@ -462,23 +498,6 @@ class CopyRead(KnnRead):
             end += len(p.asked) * len(p.pool.tokens)
             if p.start + len(p.asked) == now.hidden.shape[1]:
                 now.session.rows[p.row] = Row(now.session.rows[p.row].heard, p.pool, odds[end - len(p.pool.tokens):end])
-
-    def _add(self, logits: Tensor, odds: ndarray, place: ndarray, entries: Pool, seen: Seen) -> Tensor:
-        floor = math.log(self.options["floor"] / (1 - self.options["floor"]))
-        if not (odds >= floor).any(): return logits
-        best = np.full(len(seen.row), -math.inf, np.float32); np.maximum.at(best, place, odds)
-        fires = ((best >= floor) & (seen.column >= 0))[place] & (odds > best[place] - 30)
-        if not fires.any(): return logits
-        place, token, odds, fact = place[fires], entries.tokens[fires], odds[fires], entries.facts[fires]
-        key, inverse = np.unique(place * logits.shape[-1] + token, return_inverse=True)
-        share = np.exp(odds - best[place]); share = np.bincount(inverse, share / np.bincount(place, share)[place])  # of each token at its place
-        place, token = np.divmod(key, logits.shape[-1])
-        mass = seen.log_z[place] + torch.from_numpy(best[place] + np.log(share)).to(seen.log_z)
-        if logits.requires_grad: logits = logits.clone()
-        where = tuple(torch.from_numpy(i).to(logits.device) for i in (seen.row[place], seen.column[place], token))
-        logits[where] = torch.logaddexp(logits[where].float(), mass).to(logits.dtype)
-        self.bank.touch(set(fact[odds >= floor].tolist()))
-        return logits
 
 # %% ../nbs/09ab_reads.ipynb #58fdbbb1
 class TextRead(PooledRead):
