@@ -319,7 +319,7 @@ class TeachableMemory(LearningMemory):
 # %% ../nbs/09b_gpt2.ipynb #0788d281
 class CalibratedMemory(TeachableMemory):
     "A memory that learns what near means."
-    def calibrate(self, probes: list[Probe], leak: float = 0.03, batch_size: int = 64, seed: int = 0) -> dict[str, float]:
+    def calibrate(self, probes: list[Probe], leak: float = 0.04, batch_size: int = 64, seed: int = 0) -> dict[str, float]:
         "Fit metric, marks and weights to probes; what is returned are shares of entries that would be used."
         if len({p.relation for p in probes}) < 2 or len(probes) < 20:
             raise ValueError(f"{len(probes)} probes of {len({p.relation for p in probes})} relations are too few: give some hundred, of several relations and wordings")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from .sparse import ProductKeyConfig, ProductKeyMemory, ValuePool, bag_back, step_rows
+from .sparse import ProductKeyConfig, ProductKeyMemory, Reads, ValuePool, step_rows
 from .train import Run, benchmark, peak_mb, race
 
 # %% ../nbs/08d_scale.ipynb #e6d8b9bb
@@ -51,7 +51,7 @@ class _ShardedBag(torch.autograd.Function):
         rows, owners, w = local[at], at.div(k, rounding_mode="floor"), weights.flatten()[at]
         counts = torch.bincount(owners, minlength=bags); starts = counts.cumsum(0) - counts
         out = F.embedding_bag(rows, table, starts, mode="sum", per_sample_weights=w)
-        ctx.save_for_backward(at, rows, owners, w, starts, table); ctx.pool, ctx.sizes, ctx.shape = pool, sizes, slots.shape
+        ctx.save_for_backward(at, rows, owners, w, table); ctx.pool, ctx.sizes, ctx.shape = pool, sizes, slots.shape
         if sizes: return _reduce(out, sizes, pool.group)
         dist.all_reduce(out, group=pool.group)
         return out
@@ -59,15 +59,14 @@ class _ShardedBag(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        (at, rows, owners, w, starts, table), pool, sizes = ctx.saved_tensors, ctx.pool, ctx.sizes
+        (at, rows, owners, w, table), pool, sizes = ctx.saved_tensors, ctx.pool, ctx.sizes
         d_out = _gather(d_out, sizes, pool.group) if sizes else d_out.contiguous()
-        d_weights = d_out.new_zeros(ctx.shape)
-        d_weights.view(-1)[at] = torch.ops.aten._embedding_bag_per_sample_weights_backward(d_out, table, rows, starts, owners, 0)
+        reads, d_weights = Reads.sort(rows, owners, w), d_out.new_zeros(ctx.shape)
+        d_weights.view(-1)[at] = reads.back_weights(d_out, table)
         if sizes: d_weights = _reduce(d_weights, sizes, pool.group)
         else: dist.all_reduce(d_weights, group=pool.group)
-        grad = bag_back(rows, owners, w, d_out)
-        if sizes: grad.values.div_(len(sizes))  # the loss is the mean over processes, as DistributedDataParallel has it
-        return None, d_weights, (grad.sparse if pool.is_sparse(at.numel()) else grad.dense)(len(table)), None
+        if sizes: d_out = d_out / len(sizes)  # the loss is the mean over processes, as DistributedDataParallel has it
+        return None, d_weights, pool.back(reads, d_out), None
 
 # %% ../nbs/08d_scale.ipynb #e8f4606d
 class ShardedValuePool(ValuePool):

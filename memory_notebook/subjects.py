@@ -39,7 +39,6 @@ class Lexicon:
     "What a tokenizer tells about texts and words."
     def __init__(self, tokenizer: Any):
         self.tokenizer, self.pieces = tokenizer, pieces(tokenizer)
-        self.plain = [p[1:].decode() if p and re.fullmatch(rb" [a-z]+", p) else None for p in self.pieces]  # tokens that begin a word in lower case
         self.bos, one = tokenizer.bos_token_id, tokenizer("a")["input_ids"]
         self.adds_bos = self.bos is not None and one[:1] == [self.bos]  # the tokenizer begins every text with it
         by_piece = {p: i for i, p in enumerate(self.pieces)}

@@ -231,7 +231,7 @@ Licence: Apache-2.0.
 # %% ../nbs/09_worldlm.ipynb #e0318717
 @experiment("pretrain-gpt2", help="train the small GPT-2 that ships with the package, on the world's corpus")
 def pretrain_gpt2(run: Run, *,
-    steps: int = 1200,
+    steps: int = 3000,
     batch_size: int = 16,  # rows
     context: int = 256,  # tokens a row
     width: int = 192,
