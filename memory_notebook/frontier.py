@@ -391,7 +391,7 @@ def frontier_figure(
             if k.startswith(head) and k.endswith(".new"): points[float(k[len(head):-4])] = [metrics[k], metrics[k[:-4] + ".old"]]
         if not points: continue
         rates = sorted(points); means = [[v["mean"] for v in points[r]] for r in rates]
-        ax.plot(*zip(*means), "-", color=colour, lw=1.2, label=name)
+        ax.plot(*zip(*means), {"sparse_8": ":", "sparse_96": "--"}.get(name, "-"), color=colour, lw=1.2, label=name)
         for r in rates: ax.plot(*(v["values"] for v in points[r]), ".", color=colour, ms=6)
         if place is not None and place < len(rates):
             ax.plot(*means[place], "o", color=colour, ms=11, mfc="none"); ax.annotate(f"{rates[place]:g}", means[place], (6, 4), textcoords="offset points", fontsize=8)
