@@ -204,7 +204,7 @@ def growth(
 def gpt2_facts(run: Run, *,
     reads: tuple[str, ...] = ("knn", "kv", "text", "grace", "linear", "gate"),
     sizes: tuple[int, ...] = (10, 100, 1000),  # facts
-    seeds: int = 3,  # of the facts
+    seeds: int = 3,  # sets of facts; of small sets as many more as make a hundred facts each
     grow: tuple[int, ...] = (1000, 10_000, 100_000),  # facts of the growth table; none: 0
     model: str | None = None,  # folder or name of a model; none: the one that ships
     device: str = "auto",
@@ -221,7 +221,7 @@ def gpt2_facts(run: Run, *,
             rows[read] = exam.examine() | {"exam_s": time.process_time() - start, "bytes": lm.memory_bytes()} | (told if read == "knn" else {})
         return rows
     for n in sizes:
-        rows = [run.unit(f"n{n}-seed{s}", lambda: one(n, s)) for s in range(seeds)]
+        rows = [run.unit(f"n{n}-seed{s}", lambda: one(n, s)) for s in range(seeds * max(1, 100 // n))]
         for name in rows[0]: out |= {f"{name}.n{n}.{k}": v for k, v in over_seeds([r[name] for r in rows]).items()}
     if grow and grow[0]:
         def grown() -> dict[str, float]: lm.reset_memory(); lm.read = "knn"; return growth(lm, world, grow, log=run.log)

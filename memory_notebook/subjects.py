@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STOP', 'LINKS', 'PERSONS', 'pieces', 'Lexicon', 'Span', 'Word', 'words', 'sentences', 'name_runs', 'names', 'Parsed',
-           'object_words', 'subject_span', 'parse', 'spoken', 'Heard', 'Listener']
+           'object_words', 'subject_span', 'no_news', 'parse', 'spoken', 'Heard', 'Listener']
 
 # %% ../nbs/09aa_subjects.ipynb #eaf02489
 import re
@@ -195,6 +195,22 @@ def subject_span(
     return Span(text[ws[a].start:ws[b - 1].end], ws[a].start, ws[b - 1].end)
 
 
+def no_news(
+    ws: tuple[Word, ...],
+    runs: list[tuple[int, int]],  # names
+    first: int, last: int,  # unexpected words behind the subject
+    who: Span,  # the subject
+) -> bool:
+    "Whether unexpected words only name the subject, or are its verb, and what they lead to was expected."
+    if last + 2 < len(ws) and ws[last + 1].text in ("and", "of") and ws[last].capital and ws[last + 2].capital: last += 2  # "Romeo and Juliet"
+    if all(w.text.lower() in STOP for w in ws[last + 1:]): return False  # they lead to nothing
+    if any(a <= last and first < b for a, b in runs):  # a name, where the subject so far is none
+        return not any(ws[a].start < who.end and who.start < ws[b - 1].end and not (ws[a].opens and b == a + 1) for a, b in runs)
+    said, name = [w.text.lower() for w in ws[first:last + 1]], any(w.capital or w.text[0].isdigit() for w in ws[last + 1:])
+    verb = len([w for w in said if w not in STOP]) < 3 and (name or not {"is", "are", "was", "were"} & {*said}) and not any(c.isdigit() for w in said for c in w)
+    return verb and ws[first - 1].end <= who.end
+
+
 def parse(
     text: str,
     surprises: list[tuple[int, int]],  # tokens (stretches of characters) that the model did not expect, in order
@@ -213,6 +229,7 @@ def parse(
         else: at = text.casefold().find(subject.casefold()); who = Span(subject, max(at, 0), max(at, 0) + len(subject) * (at >= 0))
         if who is None or who.end > before: continue
         hit = [i for i in hit if ws[i].start >= who.end]
+        if no_news(ws, runs, hit[0], hit[-1], who): continue
         first, last = object_words(ws, runs, hit[0], hit[-1], bool(hit[0]) and ws[hit[0] - 1].end <= who.end and ws[hit[0]].joined)
         start, end = ws[first].start, ws[last].end
         if start < who.end: continue
