@@ -283,10 +283,14 @@ class Listener:
         self.lexicon, self.known, self.tails, self.most = lexicon, known, tails, most
 
     def matters(self, text: bytes, heard: Heard) -> bool:
-        "Could the last word of a text be the end of a subject, or a name that takes those away who are spoken of?"
-        text = text.rstrip(); name = text[text.rfind(b" ") + 1:].decode(errors="ignore").strip(_SIGNS); word = name.casefold()
+        "Does a text end with a known subject, or with a name that takes those away who are spoken of?"
+        parts = text[-120:].decode(errors="ignore").split()
+        if not parts: return False
+        name = parts[-1].strip(_SIGNS); word = name.casefold()
         if word[-2:] in ("'s", "’s"): word = word[:-2]
-        return word in self.tails or word in PERSONS and self.known(PERSONS[word]) or name[:1].isupper() and bool(heard.subjects or heard.earlier)
+        if name[:1].isupper() and (heard.subjects or heard.earlier) or word in PERSONS and self.known(PERSONS[word]): return True
+        before = [p.casefold() for p in parts[-8:-1]] if word in self.tails else None
+        return before is not None and any(self.known(" ".join([*before[i:], word]).lstrip(_SIGNS)) for i in range(len(before) + 1))
 
     def listen(self, heard: Heard, id: int) -> Heard:
         "The state after one more token (-1: padding). The sentence is looked at only where a subject may begin, end or be lost."
