@@ -230,7 +230,7 @@ def gpt2_facts(run: Run, *,
     return out
 
 
-def at_gpt2_size(world: World, tokenizer: Any, n: int = 100) -> dict[str, float]:
+def at_gpt2_size(world: World, tokenizer: Any, n: int = 1000) -> dict[str, float]:
     "`overhead` of a random model with the width and depth of GPT-2: what a token costs does not depend on what the model knows."
     torch.manual_seed(0); facts = world.fresh(n, "gpt2-size"); config = GPT2Config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0)
     model = with_memory(GPT2LMHeadModel(config).eval(), tokenizer); model.learn([world.statement(f) for f in facts])
