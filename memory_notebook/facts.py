@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from .bank import MemoryBank
+from .bank import MemoryBank, NewFact
 from .gpt2 import ContinualLearningGPT2, with_memory
 from .reads import READS, Probe
 from .train import Run, experiment, over_seeds, pick_device, race
@@ -230,8 +230,14 @@ def gpt2_facts(run: Run, *,
     return out
 
 
-def at_gpt2_size(world: World, tokenizer: Any, n: int = 1000) -> dict[str, float]:
-    "`overhead` of a random model with the width and depth of GPT-2: what a token costs does not depend on what the model knows."
-    torch.manual_seed(0); facts = world.fresh(n, "gpt2-size"); config = GPT2Config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0)
-    model = with_memory(GPT2LMHeadModel(config).eval(), tokenizer); model.learn([world.statement(f) for f in facts])
-    return overhead(model, half_known(world, facts), turns=5) | {"stored": len(model.bank) / n, "params": model.num_parameters()}
+def at_gpt2_size(world: World, tokenizer: Any, sizes: tuple[int, int] = (1000, 100_000)) -> dict[str, float]:
+    "`overhead` of a random model with the width and depth of GPT-2; facts beyond the first size have random states, as only their number counts here."
+    torch.manual_seed(0); facts, few = world.fresh(sizes[1], "gpt2-size"), sizes[0]
+    model = with_memory(GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0)).eval(), tokenizer)
+    model.learn([world.statement(f) for f in facts[:few]]); m, out = model.memory, {}
+    for n in sizes:
+        for f in facts[few:n]:
+            tokens = m.lexicon.encode([" " + f.object])[0]
+            model.bank.add(NewFact(world.statement(f), torch.randn(m.width), torch.randn(len(tokens), m.width), tokens, list(range(len(tokens))), f.subject, f.object, world.wording(f)))
+        out |= {f"n{n}.{k}": v for k, v in overhead(model, half_known(world, facts[:n]), turns=5).items()} | {f"n{n}.stored": len(model.bank) / n}
+    return out | {"params": model.num_parameters()}
