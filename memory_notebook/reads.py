@@ -90,7 +90,7 @@ class Read:
 def content(text: str, subjects: tuple[str, ...]) -> tuple[str, ...]:
     "The words of a text without the subjects, and without labels. One word more costs one word."
     rest, _, last = text.rpartition(" ")
-    if last.isalpha() and last.islower() and rest and rest[-1].isalpha() and all(last != s.rpartition(" ")[2] for s in subjects): return content(rest, subjects) + (last,)
+    if len(text) < 600 and last.isalpha() and last.islower() and rest and rest[-1].isalpha() and all(last != s.rpartition(" ")[2] for s in subjects): return content(rest, subjects) + (last,)
     ws = [w.text.casefold() for w in words(text) if not text[w.end:].startswith(":")]
     for s in subjects:
         own = s.split(); n = len(own)

@@ -98,7 +98,7 @@ class Word(NamedTuple):
 @lru_cache(1 << 14)
 def words(sentence: str) -> tuple[Word, ...]:
     "The words of a sentence. One that has grown by a word costs one word."
-    cut = sentence.rfind(" "); grown = 0 < cut < 1000 and sentence[cut - 1].isalnum()
+    cut = sentence.rfind(" "); grown = 0 < cut < 600 and sentence[cut - 1].isalnum()
     out, at = (list(words(sentence[:cut])), cut) if grown else ([], 0)
     owner = bool(out) and out[-1].end < at
     for m in _WORDS.finditer(sentence, at):
@@ -194,18 +194,18 @@ def subject_span(
     else: return next((Span(PERSONS[w.text.lower()], w.start, w.end) for w in ws if w.text.lower() in PERSONS), None)
     return Span(text[ws[a].start:ws[b - 1].end], ws[a].start, ws[b - 1].end)
 
-
+# %% ../nbs/09aa_subjects.ipynb #6b7d2f11
 def no_news(
     ws: tuple[Word, ...],
     runs: list[tuple[int, int]],  # names
     first: int, last: int,  # unexpected words behind the subject
     who: Span,  # the subject
+    sure: bool,  # that it is the subject
 ) -> bool:
     "Whether unexpected words only name the subject, or are its verb, and what they lead to was expected."
     if last + 2 < len(ws) and ws[last + 1].text in ("and", "of") and ws[last].capital and ws[last + 2].capital: last += 2  # "Romeo and Juliet"
     if all(w.text.lower() in STOP for w in ws[last + 1:]): return False  # they lead to nothing
-    if any(a <= last and first < b for a, b in runs):  # a name, where the subject so far is none
-        return not any(ws[a].start < who.end and who.start < ws[b - 1].end and not (ws[a].opens and b == a + 1) for a, b in runs)
+    if any(a <= last and first < b for a, b in runs): return not sure  # a name, where the subject so far is none
     said, name = [w.text.lower() for w in ws[first:last + 1]], any(w.capital or w.text[0].isdigit() for w in ws[last + 1:])
     verb = len([w for w in said if w not in STOP]) < 3 and (name or not {"is", "are", "was", "were"} & {*said}) and not any(c.isdigit() for w in said for c in w)
     return verb and ws[first - 1].end <= who.end
@@ -229,7 +229,9 @@ def parse(
         else: at = text.casefold().find(subject.casefold()); who = Span(subject, max(at, 0), max(at, 0) + len(subject) * (at >= 0))
         if who is None or who.end > before: continue
         hit = [i for i in hit if ws[i].start >= who.end]
-        if no_news(ws, runs, hit[0], hit[-1], who): continue
+        sure = subject is not None or any(ws[a].start < who.end and who.start < ws[b - 1].end and not (
+            ws[a].opens and b == a + 1 and lexicon.common(ws[a].text)) for a, b in runs)
+        if no_news(ws, runs, hit[0], hit[-1], who, sure): continue
         first, last = object_words(ws, runs, hit[0], hit[-1], bool(hit[0]) and ws[hit[0] - 1].end <= who.end and ws[hit[0]].joined)
         start, end = ws[first].start, ws[last].end
         if start < who.end: continue
@@ -265,7 +267,7 @@ def spoken(
 # %% ../nbs/09aa_subjects.ipynb #5169f682
 class Heard(NamedTuple):
     "What has been read of a text so far."
-    sentence: bytes = b""  # the one that goes on; where nobody is spoken of, more may stand before it
+    sentence: bytes = b""  # the one that goes on
     previous: str = ""  # the one before
     subjects: tuple[str, ...] = ()  # known ones that are spoken of now
     earlier: tuple[str, ...] = ()  # those of the sentences before
