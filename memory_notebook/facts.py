@@ -84,9 +84,13 @@ class Examiner:
         self.model, self.world, rng = model, world, random.Random(seed)
         self.facts = world.fresh(n, f"exam-{seed}", calibration_subjects(world)); self.asked = rng.sample(self.facts, min(most, n))
         self.texts, self.categories = [world.statement(f) for f in self.facts], [f.category for f in self.facts]
-        some = lambda kind, k: [p for f in self.asked for p in few(world.prompts(f, kind), k, rng)]
+        self.about: dict[str, list[Fact]] = {}  # of whom each question asks
+        def some(kind: str, score: str, k: int) -> list[tuple[str, str]]:
+            pairs = [(f, p) for f in self.asked for p in few(world.prompts(f, kind), k, rng)]
+            self.about[score] = [f for f, _ in pairs]
+            return [p for _, p in pairs]
         stored = {f.subject for f in self.facts}
-        self.questions = {"edit_success": some("said", 1), "paraphrase": some("paraphrase", 2), "unseen": some("unseen", 2),
+        self.questions = {"edit_success": some("said", "edit_success", 1), "paraphrase": some("paraphrase", "paraphrase", 2), "unseen": some("unseen", "unseen", 2),
                           "known": [world.prompts(f)[0] for f in rng.sample(world.known, min(len(world.known), 300))]}
         self.similar = [p for f in self.asked for p in world.negatives(f, 2, seed, stored)]
         self.others = [(p, " " + f.object) for f in self.asked for p in few(world.leaks(f), 2, rng)]
@@ -99,8 +103,7 @@ class Examiner:
         def scores(pairs: list, facts: list) -> float:
             before = [told[f.subject] if context else "" for f in facts]
             return ask(self.model, [b + p for b, (p, _) in zip(before, pairs)], [a for _, a in pairs], use_memory=False)[0].float().mean().item()
-        repeated = lambda kind: [f for f in self.asked for _ in range(len(self.questions[kind]) // len(self.asked))]
-        out = {kind: scores(self.questions[kind], repeated(kind)) for kind in ("edit_success", "paraphrase", "unseen")}
+        out = {kind: scores(self.questions[kind], facts) for kind, facts in self.about.items()}
         return out if context else out | {"known": ask(self.model, *zip(*self.questions["known"]), use_memory=False)[0].float().mean().item()}
 
     def examine(self) -> dict[str, float]:
@@ -173,7 +176,7 @@ def growth(
     turns: int = 9,  # of `overhead`
     log: Callable[[str], None] = lambda text: None,
 ) -> dict[str, float]:
-    "Tell facts up to each size, and measure there: milliseconds a fact, a duplicate, a retrieval, a forgetting; seconds and bytes on disk; overhead."
+    "Tell facts up to each size, and measure there: milliseconds a fact, a duplicate, a retrieval, a forgetting, of saving and loading; bytes; overhead."
     facts, done, out = world.fresh(sizes[-1], f"growth-{seed}"), 0, {}
     def timed(name: str, times: int, f: Callable[[], Any]) -> Any:
         start = time.perf_counter(); result = f(); out[name] = (time.perf_counter() - start) * 1000 / times

@@ -194,7 +194,9 @@ class RunningMemory(Memory):
     @torch.no_grad()
     def run(self, rows: list[list[int]], **options: Any) -> tuple[Tensor, Tensor, Tensor]:  # ids (b, t), states (b, t, d), logits (b, t, V)
         "The model on rows of different lengths, padded on the right."
-        width = max(map(len, rows)); pad = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=self.device)
+        width, most = max(map(len, rows)), getattr(self.model.config, "max_position_embeddings", None)
+        if most is not None and width > most: raise ValueError(f"a text of {width} tokens is longer than the {most} that the model reads: tell it in shorter sentences")
+        pad = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=self.device)
         ids, states = torch.tensor([r + [0] * (width - len(r)) for r in rows], device=self.device), []
         hook = self.model.base_model.register_forward_hook(lambda module, args, out: states.append(out[0]))
         training = self.model.training; self.model.eval()
