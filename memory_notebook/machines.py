@@ -56,21 +56,22 @@ class Setting:
     exams: dict[str, dict] = field(default_factory=dict)  # beyond the task's own: name -> size and further arguments
 
 
-def _machines(practice: int | None = None, slots: int = 128, heads: int = 1, init: str = "tape") -> dict[str, dict]:
-    "The three machines with a memory of the same size."
-    both = {"memory_size": slots, "memory_dim": 20, "read_heads": heads, "practice": practice, "hidden_size": 100 if heads == 1 else 200}
-    return {"ntm": both | {"write_heads": heads, "init": init}, "dnc": both, "lstm": {"hidden_size": 256}}
+def _machines(practice: int | None = None, slots: int = 128, heads: int = 1, init: str = "tape", dim: int = 20, ff: bool = False) -> dict[str, dict]:
+    "The three machines with a memory of the same size; `ff` adds two whose controller remembers nothing."
+    both = {"memory_size": slots, "memory_dim": dim, "read_heads": heads, "practice": practice, "hidden_size": 100 if heads == 1 else 200}
+    machines = {"ntm": both | {"write_heads": heads, "init": init}, "dnc": both, "lstm": {"hidden_size": 256}}
+    return machines | {f"{k}-ff": machines[k] | {"controller": "feedforward"} for k in ("ntm", "dnc") if ff}
 
 # %% ../nbs/06ab_machines.ipynb #4e29dd5c
 _copy = _machines(practice=24)
 SETTINGS = {
     "copy": Setting(60_000, _copy | {f"{k}-full": _copy[k] | {"practice": None} for k in ("ntm", "dnc")}),
     "repeat-copy": Setting(40_000, _machines(), batch_size=4, lr=5e-4, exams={"long": {"size": 10, "length": 20}}),
-    "associative": Setting(60_000, _machines(slots=64, init="plain"), batch_size=8),
-    "ngram": Setting(8_000, _machines(slots=48, init="plain"), batch_size=4, lr=5e-4, decay_below=134.5),
-    "priority-sort": Setting(40_000, _machines(slots=32, heads=5, init="plain"), batch_size=8, lr=3e-4),
+    "associative": Setting(60_000, _machines(slots=64, init="plain", ff=True), batch_size=8),
+    "ngram": Setting(48_000, _machines(slots=48, init="plain"), decay_below=134.5),
+    "priority-sort": Setting(160_000, _machines(slots=32, heads=5, init="plain"), batch_size=8, lr=3e-4),
     "copy-stream": Setting(60_000, _machines(slots=10), task={"length": (1, 8)}),
-    "traversal": Setting(60_000, _machines(slots=24, init="plain"), batch_size=8),
+    "traversal": Setting(60_000, _machines(slots=24, init="plain", dim=32, ff=True), lr=3e-4),
 }
 
 # %% ../nbs/06ab_machines.ipynb #091f2171
@@ -122,7 +123,7 @@ def practise(
     return row
 
 # %% ../nbs/06ab_machines.ipynb #2eb377e0
-COLOURS = {"ntm": "#0072B2", "ntm-full": "#56B4E9", "dnc": "#009E73", "dnc-full": "#F0E442", "lstm": "#D55E00"}
+COLOURS = {"ntm": "#0072B2", "ntm-full": "#56B4E9", "dnc": "#009E73", "dnc-full": "#F0E442", "lstm": "#D55E00", "ntm-ff": "#CC79A7", "dnc-ff": "#000000"}
 
 
 def show_results(
