@@ -213,8 +213,8 @@ DifferentiableNeuralComputer = DNC
 # %% ../nbs/06_dnc.ipynb #6d6f57cc
 class _Look:
     "Addressing by content for some heads, forward and backward, with room for what backward needs."
-    def __init__(self, new: Any, steps: int, heads: int, w: int, n: int, masked: bool):
-        self.masked, self.scores, self.found = masked, new(steps, heads, n), new(steps, heads, n)
+    def __init__(self, new: Any, steps: int, heads: int, w: int, n: int, masked: bool, found: Buffer | None = None):
+        self.masked, self.scores, self.found = masked, new(steps, heads, n), found or new(steps, heads, n)
         self.inverse, self.norm, self.scale = new(steps, heads if masked else 1, n), new(steps, heads, 1), new(steps, heads, 1)
         self.unit, self.scaled = new(steps, heads, w), new(steps, heads, w)
 
@@ -274,8 +274,9 @@ class _Tape(Tape):
         self.sorted, self.order, self.product = new(T, n), new(T, n, dtype=torch.long), new(T, n)
         self.allocated, self.mixed = new(T, 1, n), new(T, 1, n)
         self.read_weights, self.write_weights, self.precedence = new(T + 1, r, n), new(T + 1, 1, n), new(T + 1, 1, n)
-        self.writer, self.reader = _Look(new, T, 1, w, n, c.masked), _Look(new, T, r, w, n, c.masked)
-        self.ways = Buffer.apart(driven, keep, T, 3, b, r, n)  # backward, content, forward
+        self.ways = Buffer.apart(driven, keep, T, 3, b, r, n) if c.links else None  # backward, content, forward
+        by_content = Buffer(None, [v[1] for v in self.ways.at]) if c.links else None
+        self.writer, self.reader = _Look(new, T, 1, w, n, c.masked), _Look(new, T, r, w, n, c.masked, by_content)
         self.followed = Buffer.like(driven, keep, T, 2, b, r, n) if c.sharpened else None  # logarithms before sharpening
         self.room, self.fetched, self.row = driven.new_empty(b, w, n), driven.new_empty(b, r, w), driven.new_empty(b, n)
         self.path, self.one = driven.new_empty(3, b, r, n), driven.new_ones(())
@@ -358,9 +359,7 @@ def _read(z: _Tape, t: int) -> None:
     "Address by content or along the links, and fetch."
     weights = z.read_weights.at[t + 1]
     found = z.reader.forward(t, z.memory.at[t + 1], z.room, z.read_keys[t], z.read_strengths[t], z.read_masks[t])
-    if z.c.links:
-        z.ways.at[t][1] = found
-        torch.sum(torch.mul(z.ways.at[t], z.modes[t], out=z.path), 0, out=weights)
+    if z.c.links: torch.sum(torch.mul(z.ways.at[t], z.modes[t], out=z.path), 0, out=weights)
     else: weights.copy_(found)
     z.reads[t + 1].copy_(torch.bmm(weights, z.upright[t + 1], out=z.fetched))
 

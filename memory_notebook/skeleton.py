@@ -191,10 +191,11 @@ class Rewind:
         self.hidden, self.reads = self.out.part(0, H), self.out.part(H, size, (z.r, z.w))
         self.fed_back = self.out.at if z.lstm else self.out.part(H, size)
         self.cell = None if d_cell is None else d_cell.clone()
-        if not z.lstm: self.tanh_slope = (1 - z.out.all[1:, :, :H].square()).unbind(0); return
+        if not z.lstm: torch.sub(1, z.out.all[1:, :, :H].square(), out=self.gates.all); return
         (o, i, f, g), y = z.gates.all.chunk(4, -1), z.tanh_cells.all
-        self.o_slope, self.cell_slope, self.forget = (v.unbind(0) for v in (y * o * (1 - o), o * (1 - y * y), f))
-        self.ifg_slope = torch.stack([g * i * (1 - i), z.cells.all[:-1] * f * (1 - f), i * (1 - g * g)], 2).unbind(0)
+        self.cell_slope, self.forget = (o * (1 - y * y)).unbind(0), f.unbind(0)
+        slopes = y * o * (1 - o), g * i * (1 - i), z.cells.all[:-1] * f * (1 - f), i * (1 - g * g)
+        torch.stack(slopes, 2, out=self.gates.all.unflatten(-1, (4, H)))  # each step turns its own into gradients
         self.d_o, self.d_ifg = self.gates.part(0, H), self.gates.part(H, 3 * H, (3, H))
 
     def control(self, z: Tape, t: int, recurrent: Tensor, interface: Tensor) -> None:
@@ -202,9 +203,9 @@ class Rewind:
         hidden = self.hidden[t + 1].addmm_(self.params.at[t].mul_(self.slopes[t]), interface)
         if z.lstm:
             self.cell.addcmul_(hidden, self.cell_slope[t])
-            torch.mul(hidden, self.o_slope[t], out=self.d_o[t]); torch.mul(self.ifg_slope[t], self.cell.unsqueeze(1), out=self.d_ifg[t])
+            self.d_o[t].mul_(hidden); self.d_ifg[t].mul_(self.cell.unsqueeze(1))
             self.cell.mul_(self.forget[t])
-        else: torch.mul(hidden, self.tanh_slope[t], out=self.gates.at[t])
+        else: self.gates.at[t].mul_(hidden)
         self.fed_back[t].addmm_(self.gates.at[t], recurrent)
 
     def gradients(self, z: Tape) -> tuple[Tensor, ...]:
