@@ -63,7 +63,7 @@ def _machines(practice: int | None = None, slots: int = 128, heads: int = 1, ini
     return machines | {f"{k}-ff": machines[k] | {"controller": "feedforward"} for k in ("ntm", "dnc") if ff}
 
 # %% ../nbs/06ab_machines.ipynb #4e29dd5c
-_copy = _machines(practice=24)
+_copy, _walk = _machines(practice=24), _machines(slots=24, init="plain", dim=32, ff=True)
 SETTINGS = {
     "copy": Setting(60_000, _copy | {f"{k}-full": _copy[k] | {"practice": None} for k in ("ntm", "dnc")}),
     "repeat-copy": Setting(40_000, _machines(), batch_size=4, lr=5e-4, exams={"long": {"size": 10, "length": 20}}),
@@ -71,7 +71,7 @@ SETTINGS = {
     "ngram": Setting(48_000, _machines(slots=48, init="plain"), decay_below=134.5),
     "priority-sort": Setting(160_000, _machines(slots=32, heads=5, init="plain"), batch_size=8, lr=3e-4),
     "copy-stream": Setting(60_000, _machines(slots=10), task={"length": (1, 8)}),
-    "traversal": Setting(60_000, _machines(slots=24, init="plain", dim=32, ff=True), lr=3e-4),
+    "traversal": Setting(60_000, _walk | {"dnc-ff-unlinked": _walk["dnc-ff"] | {"links": False}}, lr=3e-4),
 }
 
 # %% ../nbs/06ab_machines.ipynb #091f2171
@@ -123,7 +123,7 @@ def practise(
     return row
 
 # %% ../nbs/06ab_machines.ipynb #2eb377e0
-COLOURS = {"ntm": "#0072B2", "ntm-full": "#56B4E9", "dnc": "#009E73", "dnc-full": "#F0E442", "lstm": "#D55E00", "ntm-ff": "#CC79A7", "dnc-ff": "#000000"}
+COLOURS = {"ntm": "#0072B2", "ntm-full": "#56B4E9", "dnc": "#009E73", "dnc-full": "#F0E442", "lstm": "#D55E00", "ntm-ff": "#CC79A7", "dnc-ff": "#000000", "dnc-ff-unlinked": "#999999"}
 
 
 def show_results(
