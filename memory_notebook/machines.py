@@ -133,6 +133,7 @@ def show_results(
 ):
     "Left, cost against sequences; right, wrong bits against the size of the examination."
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
     fig = Figure(figsize=(6.5, 2.7), dpi=90, layout="constrained"); a, b = fig.subplots(1, 2, width_ratios=(3, 2))
     for kind in dict.fromkeys(k.split(".")[0] for k in metrics):
         column = lambda prefix: {int(k.rsplit("_", 1)[1]): m["values"] for k, m in metrics.items()
@@ -142,7 +143,7 @@ def show_results(
             a.semilogy(list(curve), [max(v, 1e-4) for v in seed], color=colour, lw=1, label=None if i else kind)
         b.plot(list(exam), [100 * statistics.median(v) for v in exam.values()], "o-", color=colour)
         for n, v in exam.items(): b.plot([n] * len(v), [100 * e for e in v], ".", color=colour, ms=3)
-    a.set(xlabel="sequences", ylabel="cost (bits per sequence)", title=title); a.legend(frameon=False, fontsize=8)
+    a.set(xlabel="sequences", ylabel="cost (bits per sequence)", title=title); a.legend(frameon=False, fontsize=8); a.xaxis.set_major_locator(MaxNLocator(5))
     b.set(xlabel=f"{size} in the examination", ylabel="wrong bits (%), median, seeds", ylim=(-1, None))
     for ax in (a, b): ax.title.set_size(9); ax.tick_params(labelsize=8); ax.xaxis.label.set_size(8); ax.yaxis.label.set_size(8)
     return fig
