@@ -202,7 +202,8 @@ class DNC(Machine):
     def _fused(self, driven: Tensor, state: DNCState) -> tuple[Tensor, DNCState]:
         "All steps in one node of the graph; on a CPU one for each part of the batch whose link matrices fit the cache."
         links, parts = state.links, 1
-        if driven.device.type == "cpu" and isinstance(links, Tensor): parts = min(len(links), math.ceil(links.nbytes / (LINK_BYTES * torch.get_num_threads())))
+        if driven.device.type == "cpu" and isinstance(links, Tensor):
+            parts = min(len(links), math.ceil(links.nbytes / (LINK_BYTES * torch.get_num_threads())))
         if parts <= 1: return self._sequence(driven, state)
         split = lambda v, dim=0: [None] * parts if v is None else v.tensor_split(parts, dim)
         outs, ends = zip(*(self._sequence(now, DNCState(*s)) for now, *s in zip(split(driven, 1), *map(split, state))))
@@ -217,7 +218,7 @@ class DNC(Machine):
         return out, DNCState(hidden, cell, reads.unflatten(-1, (c.read_heads, -1)), *rest[:5], links)
 
 
-LINK_BYTES = 2**21  # a batch with more of them, for each thread, is taken in parts; measured
+LINK_BYTES = 2**21  # a batch with more of them, for each thread, is taken in parts
 DifferentiableNeuralComputer = DNC
 
 # %% ../nbs/06_dnc.ipynb #6d6f57cc

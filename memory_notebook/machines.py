@@ -123,7 +123,8 @@ def practise(
     return row
 
 # %% ../nbs/06ab_machines.ipynb #2eb377e0
-COLOURS = {"ntm": "#0072B2", "ntm-full": "#56B4E9", "dnc": "#009E73", "dnc-full": "#F0E442", "lstm": "#D55E00", "ntm-ff": "#CC79A7", "dnc-ff": "#000000", "dnc-ff-unlinked": "#999999"}
+COLOURS = {"ntm": "#0072B2", "ntm-full": "#56B4E9", "dnc": "#009E73", "dnc-full": "#F0E442", "lstm": "#D55E00",
+           "ntm-ff": "#CC79A7", "dnc-ff": "#000000", "dnc-ff-unlinked": "#999999"}
 
 
 def show_results(
