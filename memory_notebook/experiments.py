@@ -38,41 +38,41 @@ class Chapter(NamedTuple):
 
 
 CHAPTERS: dict[str, Chapter] = {
-    "experiment:agent": Chapter(".agent", "agent", "a stream of tasks, with and without replay, memory and meta-learning"),
+    "experiment:agent": Chapter(".agent.agent", "agent", "a stream of tasks, with and without replay, memory and meta-learning"),
     "experiment:split-mnist": Chapter(
-        ".continual", "split_mnist", "Split MNIST: every method in three scenarios, beside van de Ven et al. 2022"),
+        ".continual.continual", "split_mnist", "Split MNIST: every method in three scenarios, beside van de Ven et al. 2022"),
     "experiment:permuted-mnist": Chapter(
-        ".continual", "permuted_mnist", "Permuted MNIST, 20 contexts: SGD, EWC, ER, A-GEM, DER and DER++ beside Buzzega et al. 2020"),
+        ".continual.continual", "permuted_mnist", "Permuted MNIST, 20 contexts: SGD, EWC, ER, A-GEM, DER and DER++ beside Buzzega et al. 2020"),
     "experiment:transfer": Chapter(
-        ".continual", "transfer", "backward and forward transfer between contexts that are rotated a little or a lot"),
+        ".continual.continual", "transfer", "backward and forward transfer between contexts that are rotated a little or a lot"),
     "experiment:sinusoid": Chapter(
-        ".meta", "sinusoid", "few-shot regression of sine waves: MAML and its relatives against joint pretraining"),
-    "experiment:omniglot": Chapter(".meta", "omniglot", "one-shot characters: MANN, LSTM, prototypes and the memory of rare events"),
-    "experiment:copy": Chapter(".machines", "copy_experiment", "say a string back: machines with memory against an LSTM", "results_table"),
-    "experiment:repeat-copy": Chapter(".machines", "repeat_copy_experiment", "say a string back several times and mark the end", "results_table"),
-    "experiment:associative": Chapter(".machines", "associative_experiment", "which item came after this one?", "results_table"),
+        ".agent.meta", "sinusoid", "few-shot regression of sine waves: MAML and its relatives against joint pretraining"),
+    "experiment:omniglot": Chapter(".agent.meta", "omniglot", "one-shot characters: MANN, LSTM, prototypes and the memory of rare events"),
+    "experiment:copy": Chapter(".machines.machines", "copy_experiment", "say a string back: machines with memory against an LSTM", "results_table"),
+    "experiment:repeat-copy": Chapter(".machines.machines", "repeat_copy_experiment", "say a string back several times and mark the end", "results_table"),
+    "experiment:associative": Chapter(".machines.machines", "associative_experiment", "which item came after this one?", "results_table"),
     "experiment:ngram": Chapter(
-        ".machines", "ngram_experiment", "predict a source that is new in every sequence, against the best possible", "results_table"),
-    "experiment:priority-sort": Chapter(".machines", "priority_sort_experiment", "say the highest of twenty vectors in order", "results_table"),
+        ".machines.machines", "ngram_experiment", "predict a source that is new in every sequence, against the best possible", "results_table"),
+    "experiment:priority-sort": Chapter(".machines.machines", "priority_sort_experiment", "say the highest of twenty vectors in order", "results_table"),
     "experiment:copy-stream": Chapter(
-        ".machines", "copy_stream_experiment", "copy string after string with few slots: who tidies up?", "results_table"),
+        ".machines.machines", "copy_stream_experiment", "copy string after string with few slots: who tidies up?", "results_table"),
     "experiment:traversal": Chapter(
-        ".machines", "traversal_experiment", "follow edges on a graph that was told edge by edge", "results_table"),
+        ".machines.machines", "traversal_experiment", "follow edges on a graph that was told edge by edge", "results_table"),
     "experiment:engram": Chapter(
-        ".engram", "engram_experiment", "extra parameters in a table of n-grams against a wider feed-forward part"),
-    "experiment:frontier": Chapter(".frontier", "frontier", "teach new facts in ten ways and count what is forgotten"),
-    "experiment:pretrain-gpt2": Chapter(".worldlm", "pretrain_gpt2", "train the small GPT-2 that ships with the package, on the world's corpus"),
-    "experiment:gpt2-facts": Chapter(".facts", "gpt2_facts", "tell a small GPT-2 ten to a thousand facts and ask what it says now, with every read"),
-    "benchmark:replay": Chapter(".replay", "bench_replay", "draws, updates and additions of replay buffers, side by side", "replay_table"),
+        ".sparse.engram", "engram_experiment", "extra parameters in a table of n-grams against a wider feed-forward part"),
+    "experiment:frontier": Chapter(".sparse.frontier", "frontier", "teach new facts in ten ways and count what is forgotten"),
+    "experiment:pretrain-gpt2": Chapter(".language.worldlm", "pretrain_gpt2", "train the small GPT-2 that ships with the package, on the world's corpus"),
+    "experiment:gpt2-facts": Chapter(".language.facts", "gpt2_facts", "tell a small GPT-2 ten to a thousand facts and ask what it says now, with every read"),
+    "benchmark:replay": Chapter(".agent.replay", "bench_replay", "draws, updates and additions of replay buffers, side by side", "replay_table"),
     "benchmark:continual": Chapter(
-        ".continual", "bench_continual", "a training step beside avalanche, the code of van de Ven et al. and bare matrix products", "continual_table"),
+        ".continual.continual", "bench_continual", "a training step beside avalanche, the code of van de Ven et al. and bare matrix products", "continual_table"),
     "benchmark:ntm": Chapter(
-        ".machines", "bench_ntm", "a Neural Turing Machine forward and backward: by hand, through autograd, and as it is commonly written"),
+        ".machines.machines", "bench_ntm", "a Neural Turing Machine forward and backward: by hand, through autograd, and as it is commonly written"),
     "benchmark:dnc": Chapter(
-        ".dnc_bench", "bench_dnc", "a Differentiable Neural Computer forward and backward: by hand, autograd, as commonly written; sparse links"),
+        ".machines.dnc_fast", "bench_dnc", "a Differentiable Neural Computer forward and backward: by hand, autograd, as commonly written; sparse links"),
     "benchmark:sparse": Chapter(
-        ".scale", "bench_sparse", "a memory layer from 2^14 to 2^20 slots: forward, backward, optimiser, beside product-key-memory and a feed-forward layer"),
-    "benchmark:maml": Chapter(".meta", "bench_maml", "a second-order MAML step: the tasks side by side against a loop over them"),
+        ".sparse.scale", "bench_sparse", "a memory layer from 2^14 to 2^20 slots: forward, backward, optimiser, beside product-key-memory and a feed-forward layer"),
+    "benchmark:maml": Chapter(".agent.meta", "bench_maml", "a second-order MAML step: the tasks side by side against a loop over them"),
 }
 
 # %% ../nbs/12_experiments.ipynb #a10ac2db
@@ -325,7 +325,7 @@ def chat(
     persona: str = typer.Option("default", help="whose memory"),
 ) -> None:
     "`memory_notebook chat-memory`: a conversation in the terminal, or through a pipe."
-    from memory_notebook.gpt2 import chat_memory
+    from memory_notebook.language.gpt2 import chat_memory
     chat_memory(folder, model, persona)
 
 # %% ../nbs/12_experiments.ipynb #37480609

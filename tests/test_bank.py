@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from memory_notebook.bank import MemoryBank, NewFact, check_namespace
+from memory_notebook.language.bank import MemoryBank, NewFact, check_namespace
 
 PROGRAM = '''
 import os, signal, sys, time
 import torch
-import memory_notebook.bank as mb
-from memory_notebook.bank import MemoryBank, NewFact
+import memory_notebook.language.bank as mb
+from memory_notebook.language.bank import MemoryBank, NewFact
 
 torch.set_num_threads(1)
 folder, job, *args = sys.argv[1:]

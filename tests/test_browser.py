@@ -19,7 +19,7 @@ import pytest
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).resolve().parents[1]
-CHAPTER = ROOT / "nbs/00c_live.ipynb"
+CHAPTER = ROOT / "nbs/00d_live.ipynb"
 STATE, VIEW = (f"application/vnd.jupyter.widget-{kind}+json" for kind in ("state", "view"))
 PACKAGES = {"requirejs": "requirejs@2.3.6", "jquery": "jquery@3.5.1", "anywidget": "anywidget@0.11.0",
             "@jupyter-widgets/html-manager": "@jupyter-widgets/html-manager@1.0.14"}

@@ -2,7 +2,7 @@
 import pytest
 from huggingface_hub import try_to_load_from_cache
 
-from memory_notebook.gpt2 import ContinualLearningGPT2
+from memory_notebook.language.gpt2 import ContinualLearningGPT2
 
 SIX = {"Paris is the capital city of France.": "geography", "Python is a programming language used for AI.": "programming", "The Earth orbits around the Sun.": "astronomy",
        "Water freezes at 0 degrees Celsius.": "physics", "Shakespeare wrote Romeo and Juliet.": "literature", "Einstein developed the theory of relativity.": "science"}

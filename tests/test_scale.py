@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.testing import assert_close
 from memory_notebook.core import set_seed
-from memory_notebook.scale import ShardedValuePool, load_values, save_values, shard_values
-from memory_notebook.sparse import ProductKeyConfig, ProductKeyMemory, ValuePool
+from memory_notebook.sparse.scale import ShardedValuePool, load_values, save_values, shard_values
+from memory_notebook.sparse.sparse import ProductKeyConfig, ProductKeyMemory, ValuePool
 
 torch.set_num_threads(1); dist.init_process_group("gloo"); rank, world, folder = dist.get_rank(), dist.get_world_size(), sys.argv[1]
 set_seed(0)
