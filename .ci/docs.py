@@ -5,14 +5,22 @@
     .ci/docs.py --readme   write README.md from nbs/index.ipynb
     .ci/docs.py --check    only check that README.md is what nbs/index.ipynb makes
 """
-import ast, json, os, re, sys, warnings
+import ast
+import json
+import os
+import re
+import sys
+import warnings
 from pathlib import Path
 
 import yaml
 
 os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}  # for the workers
 ROOT = Path(__file__).resolve().parents[1]
-NBS, PROC, README, INDEX = ROOT / "nbs", ROOT / "_proc", ROOT / "README.md", ROOT / "nbs/index.ipynb"
+NBS = ROOT / "nbs"
+PROC = ROOT / "_proc"
+README = ROOT / "README.md"
+INDEX = ROOT / "nbs/index.ipynb"
 STATE, VIEW = (f"application/vnd.jupyter.widget-{kind}+json" for kind in ("state", "view"))
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)")  # image?, text, target
 
@@ -40,7 +48,8 @@ def check_source(nb, bad):
         if c["cell_type"] != "code" or re.match(r"(#\|.*\n)*#\|\s*(export|eval)", s) or "nbdev_export()" in s: continue
         nodes = list(ast.walk(ast.parse(re.sub(r"(?m)^[%!].*", "", s))))
         has = lambda *kinds: any(isinstance(n, kinds) for n in nodes)
-        if has(ast.Import, ast.ImportFrom) and has(ast.Expr, ast.Assign): bad(f"{name(c)} mixes an import with other code")
+        if has(ast.Import, ast.ImportFrom) and has(ast.Expr, ast.Assign):
+            bad(f"{name(c)} mixes an import with other code")
 
 
 def check_figures(nb, bad):
@@ -60,11 +69,17 @@ def check_figures(nb, bad):
 
 def check_page(path, source, symbols, places, bad):
     "One processed chapter: what it exports is documented, links lead somewhere, widgets are kept. Returns counts."
-    page, host = read(path), places["host"]
-    shown = {m[1]: md for c, md in outputs(page, "text/markdown") if (m := re.search(r"(?m)^show_doc\((\w+)", text(c["source"])))}
+    page = read(path)
+    host = places["host"]
+    shown = {
+        m[1]: md
+        for c, md in outputs(page, "text/markdown")
+        if (m := re.search(r"(?m)^show_doc\((\w+)", text(c["source"])))
+    }
     for s in symbols:
         if f"### {s}\n" not in shown.get(s, ""): bad(f"{s} is exported but not documented on its page")
-        elif "[source](" not in shown[s]: bad(f"{s} has no link to its source: is the entry point group nbdev installed?")
+        elif "[source](" not in shown[s]:
+            bad(f"{s} has no link to its source: is the entry point group nbdev installed?")
     found = [link for c in page["cells"] if c["cell_type"] == "markdown" for link in links(text(c["source"]))]
     for image, label, target in found:
         url, _, anchor = target.partition("#")
@@ -73,18 +88,26 @@ def check_page(path, source, symbols, places, bad):
         known = not url or url in places["pages"] or (path.parent / url).exists()
         if not (inside or outside or known): bad(f"the link to {target} leads nowhere")
         if image and not label: bad(f"the image {target} has no alternative text")
-    state, kept = widgets(source), widgets(page)
-    if lost := [k for k in state if state[k] != kept.get(k)]: bad(f"{len(lost)} of {len(state)} saved widgets were lost or changed")
+    state = widgets(source)
+    kept = widgets(page)
+    if lost := [k for k in state if state[k] != kept.get(k)]:
+        bad(f"{len(lost)} of {len(state)} saved widgets were lost or changed")
     for c, view in outputs(page, VIEW):
         if view["model_id"] not in kept: bad(f"{name(c)} shows a widget whose state is not saved")
-    return {"symbols documented": len(shown), "links": len(found), "widgets kept": len(state), "figures": check_figures(page, bad)}
+    return {
+        "symbols documented": len(shown),
+        "links": len(found),
+        "widgets kept": len(state),
+        "figures": check_figures(page, bad),
+    }
 
 
 def process():
     "The first half of `nbdev_docs`. (Not `nbdev_proc_nbs`, which would install Quarto.) Returns the sidebar."
     from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml
     from nbdev.serve import proc_nbs
-    refresh_quarto_yml(); nbdev_sidebar.__wrapped__()
+    refresh_quarto_yml()
+    nbdev_sidebar.__wrapped__()
     proc_nbs(n_workers=2, force=True)
     return yaml.safe_load((NBS / "sidebar.yml").read_text())["website"]["sidebar"]["contents"]
 
@@ -93,38 +116,53 @@ def check_docs():
     "Process, check, count. Returns the failures."
     from memory_notebook._modidx import d as modidx
     if "doc_host" not in modidx["settings"]: return ["memory_notebook/_modidx.py is empty: run nbdev_export"]
-    failures, counts = [], {}
+    failures = []
+    counts = {}
     chapters = {p: read(p) for p in sorted(NBS.glob("*.ipynb")) if p.name[0] not in "_."}
     bad = lambda path: lambda message: failures.append(f"{path.name}: {message}")
     for path, nb in chapters.items(): check_source(nb, bad(path))
     try: sidebar = process()
     except Exception as e: return [*failures, "processing stopped. " + " ".join(str(e).split())[:300]]
-    places = {"host": modidx["settings"]["doc_host"] + modidx["settings"]["doc_baseurl"],
-              "pages": {slug(p.stem) + ".html" for p in chapters},
-              "anchors": {tuple(place.split("#")) for symbols in modidx["syms"].values() for place, _ in symbols.values()}}
+    places = {
+        "host": modidx["settings"]["doc_host"] + modidx["settings"]["doc_baseurl"],
+        "pages": {slug(p.stem) + ".html" for p in chapters},
+        "anchors": {tuple(place.split("#")) for symbols in modidx["syms"].values() for place, _ in symbols.values()},
+    }
     for path, nb in chapters.items():
         if path.name not in sidebar: bad(path)("is not in the sidebar")
-        if not (PROC / path.name).exists(): bad(path)("was not processed"); continue
+        if not (PROC / path.name).exists():
+            bad(path)("was not processed")
+            continue
         module = f"memory_notebook.{slug(path.stem)}"
-        public = [s for k in modidx["syms"].get(module, {}) if "." not in (s := k.removeprefix(module + ".")) and s[0] != "_"]
-        for k, n in check_page(PROC / path.name, nb, public, places, bad(path)).items(): counts[k] = counts.get(k, 0) + n
+        public = [
+            s for k in modidx["syms"].get(module, {}) if "." not in (s := k.removeprefix(module + ".")) and s[0] != "_"
+        ]
+        for k, n in check_page(PROC / path.name, nb, public, places, bad(path)).items():
+            counts[k] = counts.get(k, 0) + n
     print(f"docs: {len(chapters)} chapters processed, " + ", ".join(f"{n} {k}" for k, n in counts.items()))
     return failures
 
 
 def readme():
     "README.md from the index notebook: prose as it is, code in fences, what the code showed below it."
-    def from_top(m): return m[0].replace(f"({m[3]}", f"(nbs/{m[3]}") if m[3][0] != "#" and (NBS / m[3].split("#")[0]).exists() else m[0]
+    def from_top(m):
+        return (
+            m[0].replace(f"({m[3]}", f"(nbs/{m[3]}") if m[3][0] != "#" and (NBS / m[3].split("#")[0]).exists() else m[0]
+        )
     parts = []
     for c in read(INDEX)["cells"]:
         s = text(c["source"]).strip()
         head = re.match(r"(#\|.*\n?)*", s)[0] if c["cell_type"] == "code" else ""
-        if not s or c["cell_type"] == "raw" or re.search(r"hide|export|default_exp", head) or "nbdev_export()" in s: continue
-        if c["cell_type"] == "markdown": parts.append(LINK.sub(from_top, s)); continue
+        if not s or c["cell_type"] == "raw" or re.search(r"hide|export|default_exp", head) or "nbdev_export()" in s:
+            continue
+        if c["cell_type"] == "markdown":
+            parts.append(LINK.sub(from_top, s))
+            continue
         if "echo: false" not in head: parts.append(f"```python\n{s.removeprefix(head).strip()}\n```")
         for o in c["outputs"]:
             data = o.get("data", {})
-            if any(k.startswith("image/") for k in data): raise SystemExit(f"index.ipynb: {name(c)} draws: put the picture into nbs/assets")
+            if any(k.startswith("image/") for k in data):
+                raise SystemExit(f"index.ipynb: {name(c)} draws: put the picture into nbs/assets")
             if "text/markdown" in data: parts.append(text(data["text/markdown"]).strip())
             elif shown := text(o.get("text", data.get("text/plain", ""))).rstrip(): parts.append(f"```\n{shown}\n```")
     title, _, rest = parts[0].partition("\n")
@@ -135,7 +173,8 @@ def readme():
 def check_readme():
     "Returns the failures of README.md."
     if not INDEX.exists(): return ["nbs/index.ipynb is missing: README.md is made from it"]
-    want = readme(); words = len(re.sub(r"(?s)```.*?```", "", want).split())
+    want = readme()
+    words = len(re.sub(r"(?s)```.*?```", "", want).split())
     if not README.exists() or README.read_text(encoding="utf-8") != want:
         return ["README.md is not what nbs/index.ipynb makes: run .ci/docs.py --readme"]
     print(f"docs: README.md equals nbs/index.ipynb, {words} words")
@@ -143,7 +182,9 @@ def check_readme():
 
 
 def main(args):
-    os.chdir(ROOT); sys.path.insert(0, str(ROOT)); warnings.simplefilter("ignore")
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    warnings.simplefilter("ignore")
     if set(args) - {"--readme", "--check"}: sys.exit(__doc__)
     if "--readme" in args: README.write_text(readme(), encoding="utf-8")
     failures = (check_docs() if not args else []) + check_readme()

@@ -6,9 +6,10 @@
 __all__ = ['inverse_norm', 'unit', 'similarity', 'content_weights', 'read', 'erase_add', 'interpolate', 'shift', 'sharpen',
            'retention', 'update_usage', 'allocation', 'least_used', 'lru_write_weights', 'update_links', 'follow_links',
            'SparseLinks', 'update_sparse_links', 'follow_sparse_links', 'TopK', 'top_k_read', 'map_state', 'detach',
-           'set_seed', 'check_finite']
+           'patch', 'set_seed', 'check_finite']
 
 # %% ../nbs/00_core.ipynb #2e064872
+import inspect
 import random
 from typing import Any, Callable, NamedTuple
 
@@ -20,17 +21,24 @@ from torch import Tensor
 def _check_width(vectors: Tensor, memory: Tensor, what: str = "keys") -> None:
     "Vectors of the heads and slots must be equally wide."
     if vectors.dim() < 2 or memory.dim() < 2:
-        raise ValueError(f"expected {what} (..., h, w) and memory (..., n, w), got {tuple(vectors.shape)} and {tuple(memory.shape)}: "
-                         f"give {what} a head axis, .unsqueeze(-2)")
+        raise ValueError(
+            f"expected {what} (..., h, w) and memory (..., n, w), got {tuple(vectors.shape)} and "
+            f"{tuple(memory.shape)}: "
+            f"give {what} a head axis, .unsqueeze(-2)"
+        )
     if vectors.shape[-1] != memory.shape[-1]:
-        raise ValueError(f"{what} are {vectors.shape[-1]} wide and memory slots {memory.shape[-1]}: project them to the slot width")
+        raise ValueError(
+            f"{what} are {vectors.shape[-1]} wide and memory slots {memory.shape[-1]}: project them to the slot width"
+        )
 
 
 def _check_weights(weights: Tensor, slots: int, what: str = "weights") -> None:
     "An address must have one weight for each slot."
     if weights.shape[-1] != slots:
-        raise ValueError(f"{what} address {weights.shape[-1]} slots but there are {slots}: expected shape (..., h, {slots}), "
-                         f"got {tuple(weights.shape)}")
+        raise ValueError(
+            f"{what} address {weights.shape[-1]} slots but there are {slots}: expected shape (..., h, {slots}), "
+            f"got {tuple(weights.shape)}"
+        )
 
 # %% ../nbs/00_core.ipynb #058b2b81
 def inverse_norm(
@@ -95,7 +103,9 @@ def erase_add(
     add: Tensor,  # (..., h, w) what to add
 ) -> Tensor:  # (..., n, w) the new memory; the old one is untouched
     "All heads erase, then all heads add. Graves et al. 2014, eqs. 3-4."
-    _check_weights(weights, memory.shape[-2]); _check_width(erase, memory, "erase vectors"); _check_width(add, memory, "add vectors")
+    _check_weights(weights, memory.shape[-2])
+    _check_width(erase, memory, "erase vectors")
+    _check_width(add, memory, "add vectors")
     if weights.shape[-2] == 1: keep = 1 - weights.mT * erase  # (..., n, w) one head needs no product over heads
     else: keep = (1 - weights.unsqueeze(-1) * erase.unsqueeze(-2)).prod(-3)
     return memory * keep + weights.mT @ add
@@ -115,12 +125,16 @@ def shift(
     kernel: Tensor,  # (..., h, 2s+1) weight of each move from -s to +s slots; the middle one stays
 ) -> Tensor:  # (..., h, n)
     "Move addresses along the slots by circular convolution. Graves et al. 2014, eq. 8."
-    n, width = weights.shape[-1], kernel.shape[-1]
+    n = weights.shape[-1]
+    width = kernel.shape[-1]
     if width % 2 == 0 or width > n:
-        raise ValueError(f"a shift kernel needs an odd number of moves, at most one for each of the {n} slots: got {width}")
+        raise ValueError(
+            f"a shift kernel needs an odd number of moves, at most one for each of the {n} slots: got {width}"
+        )
     s = width // 2
     if s == 0: return weights * kernel
-    around = torch.cat([weights[..., -s:], weights, weights[..., :s]], -1).unfold(-1, n, 1)  # (..., h, 2s+1, n) all moves, a view
+    # (..., h, 2s+1, n) all moves, a view
+    around = torch.cat([weights[..., -s:], weights, weights[..., :s]], -1).unfold(-1, n, 1)
     return (kernel.flip(-1).unsqueeze(-2) @ around).squeeze(-2)
 
 # %% ../nbs/00_core.ipynb #84419dc2
@@ -159,9 +173,11 @@ def allocation(
 ) -> Tensor:  # (..., heads, n) rows that sum to at most 1
     "Address the least used slots, emptiest first; gradients flow into the usage. Graves et al. 2016, Methods."
     n = usage.shape[-1]
-    if not 1 <= heads <= n: raise ValueError(f"{heads} write heads cannot each have one of {n} slots: use at most {n} heads")
+    if not 1 <= heads <= n:
+        raise ValueError(f"{heads} write heads cannot each have one of {n} slots: use at most {n} heads")
     ordered, order = usage.sort(dim=-1, stable=True)
-    taken = torch.ones(heads, n, dtype=torch.bool, device=usage.device).tril(-1)  # head j finds the j emptiest slots taken
+    # head j finds the j emptiest slots taken
+    taken = torch.ones(heads, n, dtype=torch.bool, device=usage.device).tril(-1)
     ordered = ordered.unsqueeze(-2).masked_fill(taken, 1.0)  # (..., heads, n)
     before = torch.cat([torch.ones_like(ordered[..., :1]), ordered[..., :-1].cumprod(-1)], -1)
     return torch.zeros_like(ordered).scatter(-1, order.unsqueeze(-2).expand_as(ordered), (1 - ordered) * before)
@@ -172,9 +188,12 @@ def least_used(
     k: int = 1,  # heads, each with a slot of its own
 ) -> Tensor:  # (..., k, n) one-hot rows, the emptiest slot first
     "One-hot addresses of the k least used slots; no gradient. Santoro et al. 2016, eq. 6."
-    if not 1 <= k <= usage.shape[-1]: raise ValueError(f"k is {k}: expected 1 to {usage.shape[-1]}, the number of slots")
+    if not 1 <= k <= usage.shape[-1]:
+        raise ValueError(f"k is {k}: expected 1 to {usage.shape[-1]}, the number of slots")
     index = usage.detach().sort(dim=-1, stable=True).indices[..., :k]
-    return torch.zeros(*index.shape, usage.shape[-1], dtype=usage.dtype, device=usage.device).scatter(-1, index.unsqueeze(-1), 1.0)
+    return torch.zeros(*index.shape, usage.shape[-1], dtype=usage.dtype, device=usage.device).scatter(
+        -1, index.unsqueeze(-1), 1.0
+    )
 
 
 def lru_write_weights(
@@ -226,8 +245,11 @@ def update_sparse_links(
     write_weights: Tensor,  # (b, n)
 ) -> tuple[SparseLinks, Tensor]:
     "What is written now follows what was written last; the k strongest links of each slot stay. Rae et al. 2016."
-    w, (index, value), k = write_weights, links, links.index.shape[-1]
-    rows, others = torch.stack([w, precedence], 1), torch.stack([precedence, w], 1)  # (b, 2, n)
+    w = write_weights
+    index, value = links
+    k = links.index.shape[-1]
+    rows = torch.stack([w, precedence], 1)
+    others = torch.stack([precedence, w], 1)  # (b, 2, n)
     at = lambda v: v.gather(-1, index.flatten(2)).view_as(value)
     value = (1 - w[:, None, :, None] - at(w.unsqueeze(1).expand_as(rows))) * value + rows.unsqueeze(-1) * at(others)
     best, which = (v.unsqueeze(2) for v in others.topk(k))  # (b, 2, 1, k) candidates, the same for all rows
@@ -239,7 +261,9 @@ def update_sparse_links(
     return SparseLinks(index, value), (1 - w.sum(-1, keepdim=True)) * precedence + w
 
 
-def follow_sparse_links(links: SparseLinks, read_weights: Tensor) -> tuple[Tensor, Tensor]:  # forward and backward, (b, r, n) each
+def follow_sparse_links(
+    links: SparseLinks, read_weights: Tensor
+) -> tuple[Tensor, Tensor]:  # forward and backward, (b, r, n) each
     "The same step as `follow_links`, along the strongest links only."
     b, r, n = read_weights.shape
     index, value = (v.flatten(2).unsqueeze(2) for v in links)  # (b, 2, 1, n * k)
@@ -263,10 +287,14 @@ def top_k_read(
     kind: str = "cosine",  # "cosine" or "dot"
 ) -> TopK:
     "Read from the k best slots only. Rae et al. 2016."
-    if not 1 <= k <= memory.shape[-2]: raise ValueError(f"k is {k}: expected 1 to {memory.shape[-2]}, the number of slots")
+    if not 1 <= k <= memory.shape[-2]:
+        raise ValueError(f"k is {k}: expected 1 to {memory.shape[-2]}, the number of slots")
     score, index = similarity(keys, memory, kind).topk(k, dim=-1)
-    weights = (score * (strength.unsqueeze(-1) if isinstance(strength, Tensor) and strength.dim() else strength)).softmax(-1)
-    chosen = torch.take_along_dim((memory if values is None else values).unsqueeze(-3), index.unsqueeze(-1), dim=-2)  # (..., h, k, d)
+    weights = (
+        score * (strength.unsqueeze(-1) if isinstance(strength, Tensor) and strength.dim() else strength)
+    ).softmax(-1)
+    # (..., h, k, d)
+    chosen = torch.take_along_dim((memory if values is None else values).unsqueeze(-3), index.unsqueeze(-1), dim=-2)
     return TopK((weights.unsqueeze(-2) @ chosen).squeeze(-2), weights, index)
 
 # %% ../nbs/00_core.ipynb #e2d64729
@@ -286,12 +314,22 @@ def detach(state: Any) -> Any:
     "The same state without its history: gradients of later steps stop here."
     return map_state(Tensor.detach, state)
 
+# %% ../nbs/00_core.ipynb #aa97ff76
+def patch(f: Callable) -> Callable:
+    "Make a function a method of the class that annotates its first argument, as fastcore's `patch` does."
+    cls = f.__annotations__[next(iter(inspect.signature(f).parameters))]
+    f.__qualname__ = f"{cls.__qualname__}.{f.__name__}"
+    setattr(cls, f.__name__, f)
+    return f
+
 # %% ../nbs/00_core.ipynb #c77b7103
 def set_seed(
     seed: int,  # any non-negative integer
 ) -> torch.Generator:  # a fresh CPU generator with the same seed, for code that draws from its own
     "Seed Python, NumPy and torch on every device."
-    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
     return torch.Generator().manual_seed(seed)
 
 

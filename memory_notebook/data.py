@@ -10,7 +10,17 @@ __all__ = ['DATASETS', 'DataError', 'Source', 'DataSet', 'data_home', 'fetch', '
            'load_wikitext2', 'load_shakespeare', 'Series', 'load_series', 'Listed', 'datasets', 'describe']
 
 # %% ../nbs/00a_data.ipynb #0b376040
-import contextlib, gzip, hashlib, io, json, os, tarfile, tempfile, warnings, zipfile, zlib
+import contextlib
+import gzip
+import hashlib
+import io
+import json
+import os
+import tarfile
+import tempfile
+import warnings
+import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 from typing import Iterator, NamedTuple
 
@@ -26,19 +36,20 @@ class DataError(RuntimeError):
 # %% ../nbs/00a_data.ipynb #50a98b95
 class Source(NamedTuple):
     "One file of a data set"
-    path: str                      # 'folder/file' under the data home
-    urls: tuple[str, ...]          # mirrors, tried in order
-    hashes: tuple[str, ...] = ()   # accepted 'kind:hex', of the file or of its decompressed content; the first is the download's
-    also: tuple[str, ...] = ()     # other paths where a local copy may keep the same content
+    path: str  # 'folder/file' under the data home
+    urls: tuple[str, ...]  # mirrors, tried in order
+    # accepted 'kind:hex', of the file or of its decompressed content; the first is the download's
+    hashes: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()  # other paths where a local copy may keep the same content
 
 # %% ../nbs/00a_data.ipynb #ea15fb15
 class DataSet(NamedTuple):
     "What a data set is and where its files come from"
-    what: str                      # contents, in one line
+    what: str  # contents, in one line
     licence: str
-    cite: str                      # the paper that introduced it
-    megabytes: float               # size of the download
-    files: dict[str, Source]       # file name → source
+    cite: str  # the paper that introduced it
+    megabytes: float  # size of the download
+    files: dict[str, Source]  # file name → source
 
 # %% ../nbs/00a_data.ipynb #c9db297b
 DATASETS: dict[str, DataSet] = {}
@@ -47,9 +58,9 @@ DATASETS: dict[str, DataSet] = {}
 _GITHUB = "https://raw.githubusercontent.com"
 
 def _files(
-    folder: str,                    # folder under the data home
-    urls: list[str],                # mirrors, with {file} and {stem} to fill in
-    hashes: dict[str, str],         # file name → accepted hashes, separated by spaces
+    folder: str,  # folder under the data home
+    urls: list[str],  # mirrors, with {file} and {stem} to fill in
+    hashes: dict[str, str],  # file name → accepted hashes, separated by spaces
 ) -> dict[str, Source]:
     "The files of one folder that share their mirrors"
     fill = lambda url, f: url.format(file=f, stem=PurePosixPath(f).stem)
@@ -58,17 +69,20 @@ def _files(
 # %% ../nbs/00a_data.ipynb #1c0a851e
 def _digest(kind: str, data: bytes) -> str:
     "Hex digest of `data`; kind 'git' is the name git gives to a file with this content"
-    if kind == "git": kind, data = "sha1", b"blob %d\0" % len(data) + data
+    if kind == "git":
+        kind = "sha1"
+        data = b"blob %d\0" % len(data) + data
     return hashlib.new(kind, data, usedforsecurity=False).hexdigest()
 
 # %% ../nbs/00a_data.ipynb #b5d376d0
 def data_home(
-    root: str | Path | None = None, # this folder, whatever the environment says
+    root: str | Path | None = None,  # this folder, whatever the environment says
 ) -> Path:
     "The folder of the data files: `root`, else $MEMORY_NOTEBOOK_DATA, else the user's cache"
     return Path(root or os.environ.get("MEMORY_NOTEBOOK_DATA") or pooch.os_cache("memory_notebook")).expanduser()
 
-def _may_download(root: str | Path | None) -> bool: return root is not None or not os.environ.get("MEMORY_NOTEBOOK_DATA")
+def _may_download(root: str | Path | None) -> bool:
+    return root is not None or not os.environ.get("MEMORY_NOTEBOOK_DATA")
 
 # %% ../nbs/00a_data.ipynb #5de4eb28
 def _find(source: Source, root: str | Path | None = None) -> Path | None:
@@ -79,8 +93,8 @@ def _find(source: Source, root: str | Path | None = None) -> Path | None:
 # %% ../nbs/00a_data.ipynb #59c76b05
 def _content(
     source: Source,
-    raw: bytes,      # the file as it lies on disk
-    where: Path,     # named in the error
+    raw: bytes,  # the file as it lies on disk
+    where: Path,  # named in the error
 ) -> bytes:
     "The decompressed content of a file whose hash is right"
     try: content = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
@@ -101,9 +115,14 @@ def _reason(e: Exception) -> str:
 # %% ../nbs/00a_data.ipynb #a8164aab
 def _download(source: Source, root: str | Path | None) -> Path:
     "Bring one file into the cache from the first mirror that delivers it whole"
-    target, tried, log = data_home(root) / source.path, [], pooch.get_logger()
-    try: target.parent.mkdir(parents=True, exist_ok=True); tempfile.TemporaryFile(dir=target.parent).close()
-    except OSError as e: raise DataError(f"cannot write {target} ({_reason(e)}). Pass root= to choose another folder, or set "
+    target = data_home(root) / source.path
+    tried = []
+    log = pooch.get_logger()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=target.parent).close()
+    except OSError as e:
+        raise DataError(f"cannot write {target} ({_reason(e)}). Pass root= to choose another folder, or set "
                                          f"MEMORY_NOTEBOOK_DATA to a folder that holds {source.path}") from None
     level = log.level
     log.setLevel("WARNING")
@@ -111,7 +130,9 @@ def _download(source: Source, root: str | Path | None) -> Path:
         for url in source.urls:
             try:
                 get = pooch.HTTPDownloader(progressbar=True, timeout=30)
-                return Path(pooch.retrieve(url, next(iter(source.hashes), None), target.name, target.parent, downloader=get))
+                return Path(
+                    pooch.retrieve(url, next(iter(source.hashes), None), target.name, target.parent, downloader=get)
+                )
             except (OSError, ValueError) as e: tried.append(f"{url} ({_reason(e)})")
     finally: log.setLevel(level)
     raise DataError(f"cannot bring {source.path} into {data_home(root)}: tried {'; '.join(tried)}. Check the network, "
@@ -119,9 +140,9 @@ def _download(source: Source, root: str | Path | None) -> Path:
 
 # %% ../nbs/00a_data.ipynb #1eadba19
 def fetch(
-    name: str,                      # a data set: a key of `DATASETS`
-    file: str,                      # one of its files
-    root: str | Path | None = None, # cache folder; default: see `data_home`
+    name: str,  # a data set: a key of `DATASETS`
+    file: str,  # one of its files
+    root: str | Path | None = None,  # cache folder; default: see `data_home`
 ) -> bytes:
     "The checked, decompressed content of one file: from the local copy, from the cache, or downloaded into it"
     if name not in DATASETS or file not in DATASETS[name].files:
@@ -129,8 +150,10 @@ def fetch(
     source = DATASETS[name].files[file]
     path = _find(source, root)
     if path is None and not _may_download(root):
-        raise DataError(f"{data_home() / source.path} is missing. Put it there (it comes from {source.urls[0]}; expected "
-                        f"{' or '.join(source.hashes) or 'a whole archive'}), or unset MEMORY_NOTEBOOK_DATA to download it")
+        raise DataError(
+            f"{data_home() / source.path} is missing. Put it there (it comes from {source.urls[0]}; expected "
+            f"{' or '.join(source.hashes) or 'a whole archive'}), or unset MEMORY_NOTEBOOK_DATA to download it"
+        )
     path = path or _download(source, root)
     try: raw = path.read_bytes()
     except OSError as e: raise DataError(f"{path} cannot be read ({_reason(e)}). Check its permissions") from None
@@ -138,9 +161,9 @@ def fetch(
 
 # %% ../nbs/00a_data.ipynb #c08eb94a
 def members(
-    archive: bytes,                    # a zip file or a tar file
-    where: str | Path = "the archive", # named in errors
-) -> dict[str, bytes]: # name → content
+    archive: bytes,  # a zip file or a tar file
+    where: str | Path = "the archive",  # named in errors
+) -> dict[str, bytes]:  # name → content
     "Every file of an archive, read in memory; nothing is written to disk"
     def checked(name):
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
@@ -158,8 +181,8 @@ def members(
 # %% ../nbs/00a_data.ipynb #64d1ece7
 class Images(NamedTuple):
     "Labelled images; floats lie in [0, 1]"
-    x_train: Tensor # (examples, channels, height, width)
-    y_train: Tensor # (examples,) class
+    x_train: Tensor  # (examples, channels, height, width)
+    y_train: Tensor  # (examples,) class
     x_test: Tensor
     y_test: Tensor
 
@@ -176,28 +199,43 @@ DATASETS["digits"] = DataSet("1,797 handwritten digits, 8×8, 10 classes", "CC B
 
 # %% ../nbs/00a_data.ipynb #fbca483c
 def load_digits(
-    dtype: torch.dtype = torch.float32, # torch.uint8 keeps the grey values 0…16
+    dtype: torch.dtype = torch.float32,  # torch.uint8 keeps the grey values 0…16
 ) -> Images:
     "scikit-learn's digits, 1,437 to train and 360 to test, (1, 8, 8) each; nothing is downloaded"
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
     d = load_digits()
-    split = train_test_split(d.images.astype(np.uint8)[:, None], d.target, test_size=360, stratify=d.target, random_state=0)
+    split = train_test_split(
+        d.images.astype(np.uint8)[:, None], d.target, test_size=360, stratify=d.target, random_state=0
+    )
     x_train, x_test, y_train, y_test = map(torch.from_numpy, split)
     return Images(_scaled(x_train, 16, dtype), y_train, _scaled(x_test, 16, dtype), y_test)
 
 # %% ../nbs/00a_data.ipynb #775774d1
-DATASETS["mnist"] = DataSet("70,000 handwritten digits, 28×28, 10 classes", "CC BY-SA 3.0", "LeCun et al. 1998", 11.6, _files(
-    "mnist", ["https://ossci-datasets.s3.amazonaws.com/mnist/{file}", "https://storage.googleapis.com/cvdf-datasets/mnist/{file}",
-              _GITHUB + "/fgnt/mnist/ae608a02b796c9ee908c082585a5f006fe05258e/{file}"], {
-    "train-images-idx3-ubyte.gz": "md5:f68b3c2dcbeaaa9fbdd348bbdeb94873 "
-                                  "sha256:ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    "train-labels-idx1-ubyte.gz": "md5:d53e105ee54ea40749a09fcbcd1e9432 "
-                                  "sha256:65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    "t10k-images-idx3-ubyte.gz": "md5:9fb629c4189551a2d022fa330f9573f3 "
-                                 "sha256:0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    "t10k-labels-idx1-ubyte.gz": "md5:ec29112dd5afa0611ce80d1b7f02629c "
-                                 "sha256:ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"}))
+DATASETS["mnist"] = DataSet(
+    "70,000 handwritten digits, 28×28, 10 classes",
+    "CC BY-SA 3.0",
+    "LeCun et al. 1998",
+    11.6,
+    _files(
+        "mnist",
+        [
+            "https://ossci-datasets.s3.amazonaws.com/mnist/{file}",
+            "https://storage.googleapis.com/cvdf-datasets/mnist/{file}",
+            _GITHUB + "/fgnt/mnist/ae608a02b796c9ee908c082585a5f006fe05258e/{file}",
+        ],
+        {
+            "train-images-idx3-ubyte.gz": "md5:f68b3c2dcbeaaa9fbdd348bbdeb94873 "
+            "sha256:ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+            "train-labels-idx1-ubyte.gz": "md5:d53e105ee54ea40749a09fcbcd1e9432 "
+            "sha256:65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+            "t10k-images-idx3-ubyte.gz": "md5:9fb629c4189551a2d022fa330f9573f3 "
+            "sha256:0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+            "t10k-labels-idx1-ubyte.gz": "md5:ec29112dd5afa0611ce80d1b7f02629c "
+            "sha256:ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+        },
+    ),
+)
 
 # %% ../nbs/00a_data.ipynb #0eb27284
 def _idx(data: bytes) -> Tensor:
@@ -207,8 +245,8 @@ def _idx(data: bytes) -> Tensor:
 
 # %% ../nbs/00a_data.ipynb #550c9e07
 def load_mnist(
-    dtype: torch.dtype = torch.float32, # torch.uint8 keeps the bytes: 55 MB instead of 220
-    root: str | Path | None = None,     # cache folder; default: see `data_home`
+    dtype: torch.dtype = torch.float32,  # torch.uint8 keeps the bytes: 55 MB instead of 220
+    root: str | Path | None = None,  # cache folder; default: see `data_home`
 ) -> Images:
     "MNIST, 60,000 to train and 10,000 to test, (1, 28, 28) each"
     image = lambda part: _scaled(_idx(fetch("mnist", f"{part}-images-idx3-ubyte.gz", root))[:, None], 255, dtype)
@@ -217,41 +255,59 @@ def load_mnist(
 
 # %% ../nbs/00a_data.ipynb #60493ea1
 def available(
-    name: str,                      # a data set: a key of `DATASETS`
-    root: str | Path | None = None, # cache folder; default: see `data_home`
-    quiet: bool = False,            # do not print why not
+    name: str,  # a data set: a key of `DATASETS`
+    root: str | Path | None = None,  # cache folder; default: see `data_home`
+    quiet: bool = False,  # do not print why not
 ) -> bool:
     "True if every file of a data set lies here; otherwise prints what is missing"
     if name not in DATASETS: raise ValueError(f"no data set {name!r}; there are: {', '.join(DATASETS)}")
     missing = [s.path for s in DATASETS[name].files.values() if _find(s, root) is None]
-    if missing and not quiet: print(f"skipped: {name} is not in {data_home(root)} (no {missing[0]}); load it once to download it, "
+    if missing and not quiet:
+        print(f"skipped: {name} is not in {data_home(root)} (no {missing[0]}); load it once to download it, "
                                     "or set MEMORY_NOTEBOOK_DATA to a local copy")
     return not missing
 
 # %% ../nbs/00a_data.ipynb #e1895503
 class Batches:
     "Mini-batches of equally long tensors; iterate as often as you like, each pass draws a new order"
-    def __init__(self, tensors: tuple[Tensor, ...], batch_size: int, generator: torch.Generator | None, shuffle: bool, drop_last: bool):
-        self.tensors, self.batch_size, self.generator, self.shuffle, self.drop_last = tensors, batch_size, generator, shuffle, drop_last
+    def __init__(
+        self,
+        tensors: tuple[Tensor, ...],
+        batch_size: int,
+        generator: torch.Generator | None,
+        shuffle: bool,
+        drop_last: bool,
+    ):
+        self.tensors = tensors
+        self.batch_size = batch_size
+        self.generator = generator
+        self.shuffle = shuffle
+        self.drop_last = drop_last
 
     def __len__(self) -> int:
-        n, b = len(self.tensors[0]), self.batch_size
+        n = len(self.tensors[0])
+        b = self.batch_size
         return n // b if self.drop_last else -(-n // b)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        n, b, g, x = len(self.tensors[0]), self.batch_size, self.generator, self.tensors[0]
-        order = torch.randperm(n, generator=g, device=g.device if g else x.device).to(x.device) if self.shuffle else None
+        n = len(self.tensors[0])
+        b = self.batch_size
+        g = self.generator
+        x = self.tensors[0]
+        order = (
+            torch.randperm(n, generator=g, device=g.device if g else x.device).to(x.device) if self.shuffle else None
+        )
         for i in range(0, len(self) * b, b):
             pick = slice(i, i + b) if order is None else order[i:i + b]
             yield tuple(t[pick] for t in self.tensors)
 
 # %% ../nbs/00a_data.ipynb #56a5b603
 def batches(
-    *tensors: Tensor,                          # (examples, …) each, equally long
-    batch_size: int,                           # examples in a batch
+    *tensors: Tensor,  # (examples, …) each, equally long
+    batch_size: int,  # examples in a batch
     generator: torch.Generator | None = None,  # of the order; default: torch's global one
-    shuffle: bool = True,                      # False: in order, without a copy
-    drop_last: bool = False,                   # leave out an incomplete last batch
+    shuffle: bool = True,  # False: in order, without a copy
+    drop_last: bool = False,  # leave out an incomplete last batch
 ) -> Batches:
     "Tuples of `batch_size` rows, gathered in one step"
     if not tensors or len({len(t) for t in tensors}) > 1:
@@ -262,24 +318,45 @@ def batches(
 # %% ../nbs/00a_data.ipynb #c2ba19d0
 _LAKE = _GITHUB + "/brendenlake/omniglot/057f034baf2ecb8530bc5710e5a23584d2a519cc/python/"
 _SNELL = _GITHUB + "/jakesnell/prototypical-networks/c9bb4d258267c11cb6e23f0a19242d24ca98ad8a/data/omniglot/"
-DATASETS["omniglot"] = DataSet("1,623 characters of 50 alphabets, each drawn by 20 people, 105×105", "MIT", "Lake et al. 2015", 16.5, {
-    **_files("omniglot", [_LAKE + "{file}"], {
-        "images_background.zip": "md5:68d2efa1b9178cc56df9314c21c6e718 "
-                                 "sha256:12f28f39d6d0baaa9b94998e145067e51cc8bdac385d5b3c8994ade9a99f11a2",
-        "images_evaluation.zip": "md5:6b91aef0f799c5bb55b94e3f2daec811 "
-                                 "sha256:7fd4f63de21cc4a4e0abb7d2f4b8d5491637b42651c1817c538392ae00186206"}),
-    **_files("omniglot", [_LAKE + "one-shot-classification/{file}"], {
-        "all_runs.zip": "sha256:437c1eeab0af8484112e1b4cc0f3d541ec727f7c47b9b202da738af9dfd6c325"}),
-    **_files("omniglot", [_SNELL + "{file}"], {
-        "splits/vinyals/train.txt": "sha256:984522c194c30fb678ce53304a160a42faf5403ad4f9a67010f32dd3a35738e0",
-        "splits/vinyals/val.txt": "sha256:11f99e54faee3e26f53d3231c1cceac5bf7b8730e9be31cb6dab256551dc0c1a",
-        "splits/vinyals/test.txt": "sha256:845264cc5c156180828ccf17915668b17ee21424d0170df6e7d81676aa5d1204"})})
+DATASETS["omniglot"] = DataSet(
+    "1,623 characters of 50 alphabets, each drawn by 20 people, 105×105",
+    "MIT",
+    "Lake et al. 2015",
+    16.5,
+    {
+        **_files(
+            "omniglot",
+            [_LAKE + "{file}"],
+            {
+                "images_background.zip": "md5:68d2efa1b9178cc56df9314c21c6e718 "
+                "sha256:12f28f39d6d0baaa9b94998e145067e51cc8bdac385d5b3c8994ade9a99f11a2",
+                "images_evaluation.zip": "md5:6b91aef0f799c5bb55b94e3f2daec811 "
+                "sha256:7fd4f63de21cc4a4e0abb7d2f4b8d5491637b42651c1817c538392ae00186206",
+            },
+        ),
+        **_files(
+            "omniglot",
+            [_LAKE + "one-shot-classification/{file}"],
+            {"all_runs.zip": "sha256:437c1eeab0af8484112e1b4cc0f3d541ec727f7c47b9b202da738af9dfd6c325"},
+        ),
+        **_files(
+            "omniglot",
+            [_SNELL + "{file}"],
+            {
+                "splits/vinyals/train.txt": "sha256:984522c194c30fb678ce53304a160a42faf5403ad4f9a67010f32dd3a35738e0",
+                "splits/vinyals/val.txt": "sha256:11f99e54faee3e26f53d3231c1cceac5bf7b8730e9be31cb6dab256551dc0c1a",
+                "splits/vinyals/test.txt": "sha256:845264cc5c156180828ccf17915668b17ee21424d0170df6e7d81676aa5d1204",
+            },
+        ),
+    },
+)
 
 # %% ../nbs/00a_data.ipynb #e739ece2
-def _area(old: int, new: int) -> Tensor: # (new, old)
+def _area(old: int, new: int) -> Tensor:  # (new, old)
     "The matrix that averages `old` pixels of an axis into `new` by area"
     step = old / new
-    left, pixel = torch.arange(new)[:, None] * step, torch.arange(old)
+    left = torch.arange(new)[:, None] * step
+    pixel = torch.arange(old)
     return (torch.minimum(left + step, pixel + 1) - torch.maximum(left, pixel)).clamp(min=0) / step
 
 # %% ../nbs/00a_data.ipynb #beee8107
@@ -291,8 +368,8 @@ def _shrink(ink: Tensor, size: int) -> Tensor:
 
 # %% ../nbs/00a_data.ipynb #0406062e
 def _cached(
-    key: str,                        # names the file; holds a hash of what it is made from
-    make,                            # () → uint8 tensor
+    key: str,  # names the file; holds a hash of what it is made from
+    make,  # () → uint8 tensor
     root: str | Path | None = None,
 ) -> Tensor:
     "`make()`, remembered on disk"
@@ -312,18 +389,18 @@ def _cached(
 # %% ../nbs/00a_data.ipynb #ea16d9aa
 class Characters(NamedTuple):
     "Characters of many alphabets; ink is 1 (255 as bytes), paper 0"
-    images: Tensor    # (characters, 20 drawers, size, size)
+    images: Tensor  # (characters, 20 drawers, size, size)
     alphabet: Tensor  # (characters,) number of the alphabet
     names: list[str]  # 'Alphabet/character01'
 
 # %% ../nbs/00a_data.ipynb #b5b72a48
 class Omniglot(NamedTuple):
     "The two sets of Lake et al. 2015, with no alphabet in common"
-    background: Characters # 30 alphabets to learn from
-    evaluation: Characters # 20 alphabets to be tested on
+    background: Characters  # 30 alphabets to learn from
+    evaluation: Characters  # 20 alphabets to be tested on
 
 # %% ../nbs/00a_data.ipynb #7087b17c
-def _ink(pngs: list[bytes]) -> Tensor: # (n, 105, 105)
+def _ink(pngs: list[bytes]) -> Tensor:  # (n, 105, 105)
     "Decode black-on-white PNGs; ink is 1"
     from PIL import Image
     return torch.from_numpy(~np.stack([np.asarray(Image.open(io.BytesIO(p)).convert("1")) for p in pngs])).byte()
@@ -333,7 +410,9 @@ def _characters(part: str, size: int, dtype: torch.dtype, root) -> Characters:
     "One of the two image archives, in the order of its sorted names"
     archive = fetch("omniglot", f"images_{part}.zip", root)
     with zipfile.ZipFile(io.BytesIO(archive)) as z: files = sorted(n for n in z.namelist() if n.endswith(".png"))
-    def make(): pngs = members(archive); return _shrink(_ink([pngs[f] for f in files]), size).view(-1, 20, size, size)
+    def make():
+        pngs = members(archive)
+        return _shrink(_ink([pngs[f] for f in files]), size).view(-1, 20, size, size)
     x = _cached(f"omniglot-{part}-{size}-{_digest('sha256', archive)[:16]}", make, root)
     names = [f.split("/", 1)[1].rsplit("/", 1)[0] for f in files[::20]]
     alphabet = np.unique([n.split("/")[0] for n in names], return_inverse=True)[1]
@@ -341,9 +420,9 @@ def _characters(part: str, size: int, dtype: torch.dtype, root) -> Characters:
 
 # %% ../nbs/00a_data.ipynb #2cad8df9
 def load_omniglot(
-    size: int = 28,                     # pixels a side: 28, 20, or 105 as drawn
-    dtype: torch.dtype = torch.float32, # torch.uint8 keeps bytes; at size 105 float32 takes 1.4 GB
-    root: str | Path | None = None,     # cache folder; default: see `data_home`
+    size: int = 28,  # pixels a side: 28, 20, or 105 as drawn
+    dtype: torch.dtype = torch.float32,  # torch.uint8 keeps bytes; at size 105 float32 takes 1.4 GB
+    root: str | Path | None = None,  # cache folder; default: see `data_home`
 ) -> Omniglot:
     "Omniglot's background and evaluation sets (Lake et al. 2015): 964 and 659 characters, 20 drawings each"
     if not 1 <= size <= 105: raise ValueError(f"size must be between 1 and 105 pixels, got {size}")
@@ -351,35 +430,39 @@ def load_omniglot(
 
 # %% ../nbs/00a_data.ipynb #1331fd49
 def vinyals_names(
-    root: str | Path | None = None, # cache folder; default: see `data_home`
-) -> dict[str, list[str]]: # 'train' | 'val' | 'test' → 'Alphabet/character01', …
+    root: str | Path | None = None,  # cache folder; default: see `data_home`
+) -> dict[str, list[str]]:  # 'train' | 'val' | 'test' → 'Alphabet/character01', …
     "The characters of the few-shot split of Vinyals et al. 2016, without their rotations"
-    lines = {part: fetch("omniglot", f"splits/vinyals/{part}.txt", root).decode().split() for part in ("train", "val", "test")}
+    lines = {
+        part: fetch("omniglot", f"splits/vinyals/{part}.txt", root).decode().split()
+        for part in ("train", "val", "test")
+    }
     return {part: [c.removesuffix("/rot000") for c in names if c.endswith("/rot000")] for part, names in lines.items()}
 
 # %% ../nbs/00a_data.ipynb #17d5885e
 def load_omniglot_vinyals(
-    size: int = 28,                     # pixels a side
-    dtype: torch.dtype = torch.float32, # torch.uint8 keeps bytes
-    root: str | Path | None = None,     # cache folder; default: see `data_home`
-) -> dict[str, Tensor]: # 'train' | 'val' | 'test' → (characters, 20, size, size)
+    size: int = 28,  # pixels a side
+    dtype: torch.dtype = torch.float32,  # torch.uint8 keeps bytes
+    root: str | Path | None = None,  # cache folder; default: see `data_home`
+) -> dict[str, Tensor]:  # 'train' | 'val' | 'test' → (characters, 20, size, size)
     "Omniglot in the few-shot split: 1,028 / 172 / 423 characters; `episodes(…, rotate=True)` makes four classes of each"
     sets = load_omniglot(size, torch.uint8, root)
-    images, row = torch.cat([s.images for s in sets]), {n: i for i, n in enumerate(n for s in sets for n in s.names)}
+    images = torch.cat([s.images for s in sets])
+    row = {n: i for i, n in enumerate(n for s in sets for n in s.names)}
     return {part: _scaled(images[[row[n] for n in names]], 255, dtype) for part, names in vinyals_names(root).items()}
 
 # %% ../nbs/00a_data.ipynb #4ece62f1
 class Episodes(NamedTuple):
     "A batch of few-shot tasks; within a task, class by class"
-    support_x: Tensor # (b, ways * shots, …) labelled drawings
-    support_y: Tensor # (b, ways * shots) label 0 … ways-1, dealt anew in each task
-    query_x: Tensor   # (b, ways * queries, …) drawings to be named, by other people
-    query_y: Tensor   # (b, ways * queries)
+    support_x: Tensor  # (b, ways * shots, …) labelled drawings
+    support_y: Tensor  # (b, ways * shots) label 0 … ways-1, dealt anew in each task
+    query_x: Tensor  # (b, ways * queries, …) drawings to be named, by other people
+    query_y: Tensor  # (b, ways * queries)
 
 # %% ../nbs/00a_data.ipynb #92dfc3a8
 def _turned(
-    x: Tensor,    # (…, H, W) square pictures
-    turns: Tensor # (…) quarter turns, counter-clockwise
+    x: Tensor,  # (…, H, W) square pictures
+    turns: Tensor  # (…) quarter turns, counter-clockwise
 ) -> Tensor:
     "Each picture turned by its own number of quarters, in one gather"
     h, w = x.shape[-2:]
@@ -388,23 +471,26 @@ def _turned(
 
 # %% ../nbs/00a_data.ipynb #a52cc70d
 def episodes(
-    images: Tensor,                            # (classes, drawers, …); with `rotate` (…, H, W) at the end
-    ways: int,                                 # classes in a task
-    shots: int,                                # labelled drawings of each class
-    queries: int,                              # drawings of each class to be named
-    batch: int,                                # tasks
+    images: Tensor,  # (classes, drawers, …); with `rotate` (…, H, W) at the end
+    ways: int,  # classes in a task
+    shots: int,  # labelled drawings of each class
+    queries: int,  # drawings of each class to be named
+    batch: int,  # tasks
     generator: torch.Generator | None = None,  # default: torch's global one
-    rotate: bool = False,                      # a quarter turn makes a further class
+    rotate: bool = False,  # a quarter turn makes a further class
 ) -> Episodes:
     "Draw few-shot tasks without a loop: distinct classes, distinct drawers, fresh labels (Vinyals et al. 2016)"
-    (n, m), turns = images.shape[:2], 4 if rotate else 1
+    n, m = images.shape[:2]
+    turns = 4 if rotate else 1
     if not 1 <= ways <= n * turns: raise ValueError(f"ways must be between 1 and the {n * turns} classes, got {ways}")
     if min(shots, queries) < 0 or not 1 <= shots + queries <= m:
         raise ValueError(f"shots + queries must be between 1 and the {m} drawings of a class, got {shots} + {queries}")
-    draw = lambda *s: torch.rand(*s, generator=generator, device=generator.device if generator else images.device).to(images.device)
-    classes = draw(batch, n * turns).topk(ways).indices                        # (b, ways)
-    drawers = draw(batch, ways, m).topk(shots + queries).indices               # (b, ways, shots + queries)
-    x = images[(classes % n)[..., None], drawers]                              # (b, ways, shots + queries, …)
+    draw = lambda *s: torch.rand(*s, generator=generator, device=generator.device if generator else images.device).to(
+        images.device
+    )
+    classes = draw(batch, n * turns).topk(ways).indices  # (b, ways)
+    drawers = draw(batch, ways, m).topk(shots + queries).indices  # (b, ways, shots + queries)
+    x = images[(classes % n)[..., None], drawers]  # (b, ways, shots + queries, …)
     if rotate: x = _turned(x, (classes // n)[..., None].expand_as(drawers))
     y = torch.arange(ways, device=x.device)[None, :, None].expand_as(drawers)
     return Episodes(*(t.flatten(1, 2) for half in zip(*(t.split([shots, queries], 2) for t in (x, y))) for t in half))
@@ -413,14 +499,14 @@ def episodes(
 class OneShotRuns(NamedTuple):
     "The 20 within-alphabet, 20-way one-shot runs of Lake et al. 2015"
     train: Tensor  # (20 runs, 20 classes, size, size) one drawing of each character
-    test: Tensor   # (20 runs, 20 items, size, size) by another person
-    answer: Tensor # (20 runs, 20 items) the class of each item
+    test: Tensor  # (20 runs, 20 items, size, size) by another person
+    answer: Tensor  # (20 runs, 20 items) the class of each item
 
 # %% ../nbs/00a_data.ipynb #904e50e4
 def load_one_shot_runs(
-    size: int = 28,                     # pixels a side
-    dtype: torch.dtype = torch.float32, # torch.uint8 keeps bytes
-    root: str | Path | None = None,     # cache folder; default: see `data_home`
+    size: int = 28,  # pixels a side
+    dtype: torch.dtype = torch.float32,  # torch.uint8 keeps bytes
+    root: str | Path | None = None,  # cache folder; default: see `data_home`
 ) -> OneShotRuns:
     "The published one-shot test of Omniglot"
     files = members(fetch("omniglot", "all_runs.zip", root))
@@ -432,51 +518,73 @@ def load_one_shot_runs(
 # %% ../nbs/00a_data.ipynb #9e198e31
 _BABI = ("https://s3.amazonaws.com/text-datasets/babi_tasks_1-20_v1-2.tar.gz",
          _GITHUB + "/booydar/babilong/7a6efee29f5cac03c3c410e6799c80fd2ffe3610/data/tasks_1-20_v1-2.zip")
-DATASETS["babi"] = DataSet("20 tasks of stories with questions, 1,000 or 10,000 to train", "CC BY 3.0", "Weston et al. 2015", 11.7, {
-    "en": Source("babi/tasks_1-20_v1-2.tar.gz", _BABI, (), ("babi/tasks_1-20_v1-2.zip", "babi/tasks_1-20_v1-2_en.tar.gz")),
-    "en-10k": Source("babi/tasks_1-20_v1-2.tar.gz", _BABI, (), ("babi/tasks_1-20_v1-2.zip",
-                     "babi/tasks_1-20_v1-2_en-10k_without-qa3-train.tar.gz"))})
+DATASETS["babi"] = DataSet(
+    "20 tasks of stories with questions, 1,000 or 10,000 to train",
+    "CC BY 3.0",
+    "Weston et al. 2015",
+    11.7,
+    {
+        "en": Source(
+            "babi/tasks_1-20_v1-2.tar.gz", _BABI, (), ("babi/tasks_1-20_v1-2.zip", "babi/tasks_1-20_v1-2_en.tar.gz")
+        ),
+        "en-10k": Source(
+            "babi/tasks_1-20_v1-2.tar.gz",
+            _BABI,
+            (),
+            ("babi/tasks_1-20_v1-2.zip", "babi/tasks_1-20_v1-2_en-10k_without-qa3-train.tar.gz"),
+        ),
+    },
+)
 
 # %% ../nbs/00a_data.ipynb #43db6483
 _QA3 = "qa3_three-supporting-facts_train.txt"
 _BABI_DIGEST = {"en": "f9f11b192e256607726464a74de1c88d8f08b6108c3e9d54e248bdc4b68078bd",
-                "en-10k": "286d30dea5f5e571ff00d736788bfbe45d784fa8c111196227b62a8542ca5014"} # without _QA3
+                "en-10k": "286d30dea5f5e571ff00d736788bfbe45d784fa8c111196227b62a8542ca5014"}  # without _QA3
 _QA3_GIT = "9b2b35ca4357ea8ee44692c71ec71892edf51399"
 
 # %% ../nbs/00a_data.ipynb #39275d9a
-def _babi_files(size: str, root) -> dict[str, bytes]: # file name → text
+def _babi_files(size: str, root) -> dict[str, bytes]:  # file name → text
     "The checked task files of 'en' or 'en-10k'"
-    if size not in _BABI_DIGEST: raise ValueError(f"size must be 'en' (1,000 questions a task) or 'en-10k', got {size!r}")
+    if size not in _BABI_DIGEST:
+        raise ValueError(f"size must be 'en' (1,000 questions a task) or 'en-10k', got {size!r}")
     where = _find(DATASETS["babi"].files[size], root) or "the bAbI archive"
     inside = {PurePosixPath(n): d for n, d in members(fetch("babi", size, root), where).items()}
     files = {n.name: d for n, d in sorted(inside.items()) if n.parent.name == size and n.name.startswith("qa")}
     known = {n: d for n, d in files.items() if size == "en" or n != _QA3}
     found = hashlib.sha256(b"".join(hashlib.sha256(d).digest() for d in known.values())).hexdigest()
     if found != _BABI_DIGEST[size] or len(files) > len(known) and _digest("git", files[_QA3]) != _QA3_GIT:
-        raise DataError(f"{where} does not hold the known files of bAbI {size}: expected joint sha256:{_BABI_DIGEST[size]}, "
-                        f"found {found} over {len(known)} files. Delete it and run again; it comes from {_BABI[0]}")
+        raise DataError(
+            f"{where} does not hold the known files of bAbI {size}: expected joint sha256:{_BABI_DIGEST[size]}, "
+            f"found {found} over {len(known)} files. Delete it and run again; it comes from {_BABI[0]}"
+        )
     return files
 
 # %% ../nbs/00a_data.ipynb #f7e0f42e
 class Question(NamedTuple):
     "A bAbI question with the story told so far"
-    task: int                # 1 … 20
-    story: tuple[str, ...]   # sentences, oldest first
+    task: int  # 1 … 20
+    story: tuple[str, ...]  # sentences, oldest first
     question: str
-    answer: str              # one word; lists as 'milk,football'
-    support: tuple[int, ...] # positions in the story of the sentences that matter
+    answer: str  # one word; lists as 'milk,football'
+    support: tuple[int, ...]  # positions in the story of the sentences that matter
 
 # %% ../nbs/00a_data.ipynb #38f9286f
 def _questions(text: str, task: int) -> list[Question]:
     "Parse one file; a line number 1 begins a new story"
-    out, story, row = [], [], {}
+    out = []
+    story = []
+    row = {}
     for line in text.splitlines():
         number, rest = line.split(" ", 1)
-        if number == "1": story, row = [], {}
+        if number == "1":
+            story = []
+            row = {}
         if "\t" in rest:
             question, answer, support = rest.split("\t")
             out.append(Question(task, tuple(story), question.strip(), answer, tuple(row[i] for i in support.split())))
-        else: row[number] = len(story); story.append(rest)
+        else:
+            row[number] = len(story)
+            story.append(rest)
     return out
 
 # %% ../nbs/00a_data.ipynb #d005bf95
@@ -487,27 +595,30 @@ class Babi(NamedTuple):
 
 # %% ../nbs/00a_data.ipynb #733ebc45
 def load_babi(
-    tasks: int | list[int] | range = range(1, 21), # one task or several, 1 … 20
-    size: str = "en",                              # 'en': 1,000 training questions a task; 'en-10k': 10,000
-    root: str | Path | None = None,                # cache folder; default: see `data_home`
+    tasks: int | list[int] | range = range(1, 21),  # one task or several, 1 … 20
+    size: str = "en",  # 'en': 1,000 training questions a task; 'en-10k': 10,000
+    root: str | Path | None = None,  # cache folder; default: see `data_home`
 ) -> Babi:
     "Questions of the bAbI tasks (Weston et al. 2015), in the order of the files"
-    files, both = _babi_files(size, root), {"train": [], "test": []}
+    files = _babi_files(size, root)
+    both = {"train": [], "test": []}
     for task in [tasks] if isinstance(tasks, int) else tasks:
         for part, out in both.items():
             name = next((n for n in files if n.startswith(f"qa{task}_") and n.endswith(f"_{part}.txt")), None)
             if name is None and task in range(1, 21):
-                raise DataError(f"{_find(DATASETS['babi'].files[size], root)} lacks {size}/{_QA3}, which not every copy has. "
-                                f"Put the whole archive in its place (from {_BABI[0]}), or leave out task 3")
+                raise DataError(
+                    f"{_find(DATASETS['babi'].files[size], root)} lacks {size}/{_QA3}, which not every copy has. "
+                    f"Put the whole archive in its place (from {_BABI[0]}), or leave out task 3"
+                )
             if name is None: raise ValueError(f"bAbI has tasks 1 to 20, got {task}")
             out += _questions(files[name].decode(), task)
     return Babi(**both)
 
 # %% ../nbs/00a_data.ipynb #7cf781ce
 def pad(
-    rows: list,       # lists of integers, of any lengths
-    left: int = 0,    # the filler
-) -> Tensor: # (rows, longest)
+    rows: list,  # lists of integers, of any lengths
+    left: int = 0,  # the filler
+) -> Tensor:  # (rows, longest)
     "Ragged integer lists as one tensor, filled at the end"
     length = torch.tensor([len(r) for r in rows])
     out = torch.full((len(rows), int(length.max()) if len(rows) else 0), left)
@@ -525,13 +636,13 @@ def babi_vocab(*parts: list[Question]) -> list[str]:
 # %% ../nbs/00a_data.ipynb #34f0dc09
 class EncodedBabi(NamedTuple):
     "Questions as integers; 0 pads words, sentences of padding are all 0"
-    story: Tensor    # (b, sentences, words), oldest first
-    question: Tensor # (b, words)
-    answer: Tensor   # (b,) one word
+    story: Tensor  # (b, sentences, words), oldest first
+    question: Tensor  # (b, words)
+    answer: Tensor  # (b,) one word
     support: Tensor  # (b, sentences) True where a sentence supports the answer
-    task: Tensor     # (b,)
+    task: Tensor  # (b,)
 
-def _support(questions: list[Question], kept: list[tuple], shape: torch.Size) -> Tensor: # (b, sentences)
+def _support(questions: list[Question], kept: list[tuple], shape: torch.Size) -> Tensor:  # (b, sentences)
     "True where one of the kept, latest sentences supports the answer"
     at = [(i, s - len(q.story) + len(k)) for i, (q, k) in enumerate(zip(questions, kept)) for s in q.support]
     row, column = torch.tensor([a for a in at if a[1] >= 0], dtype=torch.long).view(-1, 2).T
@@ -540,17 +651,20 @@ def _support(questions: list[Question], kept: list[tuple], shape: torch.Size) ->
 # %% ../nbs/00a_data.ipynb #735536b7
 def encode_babi(
     questions: list[Question],
-    vocab: list[str],         # of `babi_vocab`, over training and test
-    sentences: int = 0,       # keep this many latest sentences of each story; 0: all
+    vocab: list[str],  # of `babi_vocab`, over training and test
+    sentences: int = 0,  # keep this many latest sentences of each story; 0: all
 ) -> EncodedBabi:
     "Stories, questions and answers as padded tensors of word numbers"
-    number, kept = {w: i for i, w in enumerate(vocab)}, [q.story[-sentences:] for q in questions]
+    number = {w: i for i, w in enumerate(vocab)}
+    kept = [q.story[-sentences:] for q in questions]
     texts = ["", *(s for story in kept for s in story), *(q.question for q in questions)]
-    row = {s: i for i, s in enumerate(dict.fromkeys(texts))}                   # each different sentence once; "" is row 0
+    # each different sentence once; "" is row 0
+    row = {s: i for i, s in enumerate(dict.fromkeys(texts))}
     try:
-        table = pad([[number[w] for w in _words(s)] for s in row])             # (different sentences, words)
+        table = pad([[number[w] for w in _words(s)] for s in row])  # (different sentences, words)
         answer = torch.tensor([number[q.answer] for q in questions])
-    except KeyError as e: raise ValueError(f"the word {e} is not in vocab; make it from all parts: babi_vocab(train, test)") from None
+    except KeyError as e:
+        raise ValueError(f"the word {e} is not in vocab; make it from all parts: babi_vocab(train, test)") from None
     story = pad([[row[s] for s in k] for k in kept])
     return EncodedBabi(table[story], table[[row[q.question] for q in questions]], answer,
                        _support(questions, kept, story.shape), torch.tensor([q.task for q in questions]))
@@ -558,11 +672,21 @@ def encode_babi(
 # %% ../nbs/00a_data.ipynb #bf47e968
 _PYKEEN = _GITHUB + "/pykeen/pykeen/05c7bbb20c952f3e5e958e694344ace4005b1bbb/src/pykeen/datasets/"
 _LABELS = _GITHUB + "/villmow/datasets_knowledge_embedding/9e392453d6804d1f51c13e5650ae58ed48b638d5/FB15k-237/"
-DATASETS["nations"] = DataSet("graph of 14 nations, 55 relations, 1,992 triples", "MIT (within PyKEEN)", "Kemp et al. 2006", .05, _files(
-    "nations", [_PYKEEN + "nations/{file}"], {
-        "train.txt": "sha256:0830fa9da8e5bba2ccdaa45b7bdc9130451ba66b09ff2708f35fccaf82473e57",
-        "valid.txt": "sha256:2b337a62e51a2f45c283eac98a70d21b7e0e102136be1539b2a52c652a7b0530",
-        "test.txt": "sha256:3971085165b47b6aeaec68058c6d8d98b3005e929db81268410b95ae4db770ab"}))
+DATASETS["nations"] = DataSet(
+    "graph of 14 nations, 55 relations, 1,992 triples",
+    "MIT (within PyKEEN)",
+    "Kemp et al. 2006",
+    0.05,
+    _files(
+        "nations",
+        [_PYKEEN + "nations/{file}"],
+        {
+            "train.txt": "sha256:0830fa9da8e5bba2ccdaa45b7bdc9130451ba66b09ff2708f35fccaf82473e57",
+            "valid.txt": "sha256:2b337a62e51a2f45c283eac98a70d21b7e0e102136be1539b2a52c652a7b0530",
+            "test.txt": "sha256:3971085165b47b6aeaec68058c6d8d98b3005e929db81268410b95ae4db770ab",
+        },
+    ),
+)
 
 # %% ../nbs/00a_data.ipynb #7852a420
 DATASETS["kinships"] = DataSet("graph of 104 Alyawarra people, 25 kinship terms, 10,686 triples", "MIT (within PyKEEN)",
@@ -572,22 +696,34 @@ DATASETS["kinships"] = DataSet("graph of 104 Alyawarra people, 25 kinship terms,
         "test.txt": "sha256:05e5733265761d55be9c05bfaff5a8d0808df46f9c1e9d66cc3f2fe114e43d88"}))
 
 # %% ../nbs/00a_data.ipynb #2fad4f4f
-DATASETS["fb15k-237"] = DataSet("graph of 14,541 Freebase entities, 237 relations, 310,116 triples, with labels",
-                                "CC BY 2.5; labels CC0", "Toutanova and Chen 2015", 7.6, {
-    **_files("fb15k-237", ["https://github.com/TimDettmers/ConvE/raw/f3c0eb286025410fa5b4c04696c918264163d0ca/{file}"], {
-        "FB15k-237.tar.gz": "sha256:311df7930f842a02979eaa7a802484a6afe62303c07f915f1e6edbc30cbe05e8"}),
-    **_files("fb15k-237", [_LABELS + "{file}"], {
-        "entity2wikidata.json": "sha256:80e74bb002fb9ca0ecd3d63879a3a51121db855d312a101917a1ffb6aed2fea9"})})
+DATASETS["fb15k-237"] = DataSet(
+    "graph of 14,541 Freebase entities, 237 relations, 310,116 triples, with labels",
+    "CC BY 2.5; labels CC0",
+    "Toutanova and Chen 2015",
+    7.6,
+    {
+        **_files(
+            "fb15k-237",
+            ["https://github.com/TimDettmers/ConvE/raw/f3c0eb286025410fa5b4c04696c918264163d0ca/{file}"],
+            {"FB15k-237.tar.gz": "sha256:311df7930f842a02979eaa7a802484a6afe62303c07f915f1e6edbc30cbe05e8"},
+        ),
+        **_files(
+            "fb15k-237",
+            [_LABELS + "{file}"],
+            {"entity2wikidata.json": "sha256:80e74bb002fb9ca0ecd3d63879a3a51121db855d312a101917a1ffb6aed2fea9"},
+        ),
+    },
+)
 
 # %% ../nbs/00a_data.ipynb #f6fc3e2b
 class Graph(NamedTuple):
     "A knowledge graph; a triple is (head, relation, tail)"
-    train: Tensor        # (triples, 3) long
+    train: Tensor  # (triples, 3) long
     valid: Tensor
     test: Tensor
     entities: list[str]  # name of each entity number
-    relations: list[str] # name of each relation number
-    labels: list[str]    # readable names of the entities
+    relations: list[str]  # name of each relation number
+    labels: list[str]  # readable names of the entities
 
 def _numbered(parts: list[list[str]]) -> tuple[list[Tensor], list[str]]:
     "Strings as numbers in sorted order, over all parts"
@@ -597,8 +733,8 @@ def _numbered(parts: list[list[str]]) -> tuple[list[Tensor], list[str]]:
 
 # %% ../nbs/00a_data.ipynb #d5909c77
 def load_graph(
-    name: str = "nations",          # 'nations', 'kinships' or 'fb15k-237'
-    root: str | Path | None = None, # cache folder; default: see `data_home`
+    name: str = "nations",  # 'nations', 'kinships' or 'fb15k-237'
+    root: str | Path | None = None,  # cache folder; default: see `data_home`
 ) -> Graph:
     "A knowledge graph in its published split"
     if name not in ("nations", "kinships", "fb15k-237"):
@@ -613,35 +749,59 @@ def load_graph(
     return Graph(*triples, entities, relations, [known.get(e, {}).get("label", e) for e in entities])
 
 # %% ../nbs/00a_data.ipynb #0af3c7ff
-DATASETS["wikitext-2"] = DataSet("2.5 million words of Wikipedia, vocabulary 33,278", "CC BY-SA 3.0", "Merity et al. 2016", 13.2, _files(
-    "wikitext-2", [_GITHUB + "/pytorch/examples/77f55b912142e11fcfdf5b530231fb9c52f181e8/word_language_model/data/wikitext-2/{file}"], {
-        "train.txt": "sha256:9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f",
-        "valid.txt": "sha256:f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
-        "test.txt": "sha256:d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0"}))
-DATASETS["tinyshakespeare"] = DataSet("1,115,394 characters of Shakespeare, 65 symbols", "public domain", "Karpathy 2015", 1.1, _files(
-    "tinyshakespeare", [_GITHUB + "/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/{file}"], {
-        "input.txt": "sha256:86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"}))
+DATASETS["wikitext-2"] = DataSet(
+    "2.5 million words of Wikipedia, vocabulary 33,278",
+    "CC BY-SA 3.0",
+    "Merity et al. 2016",
+    13.2,
+    _files(
+        "wikitext-2",
+        [
+            _GITHUB
+            + "/pytorch/examples/77f55b912142e11fcfdf5b530231fb9c52f181e8/word_language_model/data/wikitext-2/{file}"
+        ],
+        {
+            "train.txt": "sha256:9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f",
+            "valid.txt": "sha256:f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
+            "test.txt": "sha256:d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
+        },
+    ),
+)
+DATASETS["tinyshakespeare"] = DataSet(
+    "1,115,394 characters of Shakespeare, 65 symbols",
+    "public domain",
+    "Karpathy 2015",
+    1.1,
+    _files(
+        "tinyshakespeare",
+        [_GITHUB + "/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/{file}"],
+        {"input.txt": "sha256:86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"},
+    ),
+)
 
 # %% ../nbs/00a_data.ipynb #18ade8ae
 class Text(NamedTuple):
     "A text as one row of token numbers"
-    train: Tensor       # (t,) long
-    valid: Tensor       # (t,)
-    test: Tensor | None # (t,), or None where the source has no test part
-    vocab: list[str]    # the token of each number
+    train: Tensor  # (t,) long
+    valid: Tensor  # (t,)
+    test: Tensor | None  # (t,), or None where the source has no test part
+    vocab: list[str]  # the token of each number
 
 # %% ../nbs/00a_data.ipynb #da258c77
 def load_wikitext2(
-    root: str | Path | None = None, # cache folder; default: see `data_home`
+    root: str | Path | None = None,  # cache folder; default: see `data_home`
 ) -> Text:
     "WikiText-2 by words, with <eos> at the end of each line (Merity et al. 2016)"
-    words = [fetch("wikitext-2", f"{p}.txt", root).decode().replace("\n", " <eos> ").split() for p in ("train", "valid", "test")]
+    words = [
+        fetch("wikitext-2", f"{p}.txt", root).decode().replace("\n", " <eos> ").split()
+        for p in ("train", "valid", "test")
+    ]
     parts, vocab = _numbered(words)
     return Text(*parts, vocab)
 
 # %% ../nbs/00a_data.ipynb #9f5c57ba
 def load_shakespeare(
-    root: str | Path | None = None, # cache folder; default: see `data_home`
+    root: str | Path | None = None,  # cache folder; default: see `data_home`
 ) -> Text:
     "Tiny Shakespeare by characters; the last tenth is for validation, as in nanoGPT"
     raw = np.frombuffer(fetch("tinyshakespeare", "input.txt", root), np.uint8)
@@ -651,62 +811,89 @@ def load_shakespeare(
 
 # %% ../nbs/00a_data.ipynb #42231ed7
 _STATS = _GITHUB + "/statsmodels/statsmodels/82c59e378bdfb5ae324006c477954879ad3e24be/statsmodels/datasets/"
-DATASETS["timeseries"] = DataSet("sunspots, CO₂, El Niño, Nile: four measured series", "public domain",
-                                 "statsmodels; Keeling and Whorf 2004; Cobb 1978", .04, _files("timeseries", [_STATS + "{stem}/{file}"], {
-        "sunspots.csv": "sha256:f67889b1d9002cd5227f0e0ef54e35b419cdd85a31279adef6f73fb41e5c0a9b",
-        "co2.csv": "sha256:16695fa2786e53414e5a6b54767a3fdf5de99cfbc68617f69d1362d92776a92f",
-        "elnino.csv": "sha256:b647be00e0fd264be9764e317e6b963f35030014ecca2b21b204521716e463ad",
-        "nile.csv": "sha256:88e97bea7249e5832a85e41aec6ce4b8f7b1b14aae930c8363da7f193286b598"}))
+DATASETS["timeseries"] = DataSet(
+    "sunspots, CO₂, El Niño, Nile: four measured series",
+    "public domain",
+    "statsmodels; Keeling and Whorf 2004; Cobb 1978",
+    0.04,
+    _files(
+        "timeseries",
+        [_STATS + "{stem}/{file}"],
+        {
+            "sunspots.csv": "sha256:f67889b1d9002cd5227f0e0ef54e35b419cdd85a31279adef6f73fb41e5c0a9b",
+            "co2.csv": "sha256:16695fa2786e53414e5a6b54767a3fdf5de99cfbc68617f69d1362d92776a92f",
+            "elnino.csv": "sha256:b647be00e0fd264be9764e317e6b963f35030014ecca2b21b204521716e463ad",
+            "nile.csv": "sha256:88e97bea7249e5832a85e41aec6ce4b8f7b1b14aae930c8363da7f193286b598",
+        },
+    ),
+)
 
 # %% ../nbs/00a_data.ipynb #be6eca4f
 class Series(NamedTuple):
     "A measured series"
     time: Tensor  # (t,) float64, years
-    value: Tensor # (t,) float32, NaN where nothing was measured
+    value: Tensor  # (t,) float32, NaN where nothing was measured
     unit: str
 
-_UNITS = {"sunspots": "sunspots (yearly mean)", "co2": "CO₂ (ppm)", "elnino": "sea surface (°C)", "nile": "flow (10⁸ m³ a year)"}
+_UNITS = {
+    "sunspots": "sunspots (yearly mean)",
+    "co2": "CO₂ (ppm)",
+    "elnino": "sea surface (°C)",
+    "nile": "flow (10⁸ m³ a year)",
+}
 
 # %% ../nbs/00a_data.ipynb #b7fbbc4f
 def load_series(
-    name: str = "sunspots",         # 'sunspots', 'co2', 'elnino' or 'nile'
-    root: str | Path | None = None, # cache folder; default: see `data_home`
+    name: str = "sunspots",  # 'sunspots', 'co2', 'elnino' or 'nile'
+    root: str | Path | None = None,  # cache folder; default: see `data_home`
 ) -> Series:
     "A real time series with its times in years"
     if name not in _UNITS: raise ValueError(f"name must be one of {', '.join(map(repr, _UNITS))}, got {name!r}")
     table = np.genfromtxt(io.BytesIO(fetch("timeseries", f"{name}.csv", root)), delimiter=",", skip_header=1)
-    time, value = table[:, 0], table[:, 1]
-    if name == "elnino": time, value = (time[:, None] + np.arange(12) / 12).ravel(), table[:, 1:].ravel() # a row is a year of months
-    if name == "co2":                                                                                    # dates as 19580329
+    time = table[:, 0]
+    value = table[:, 1]
+    if name == "elnino":
+        time = (time[:, None] + np.arange(12) / 12).ravel()
+        value = table[:, 1:].ravel()  # a row is a year of months
+    # dates as 19580329
+    if name == "co2":
         day = np.array([f"{d[:4]}-{d[4:6]}-{d[6:]}" for d in time.astype(int).astype(str)], "datetime64[D]")
         year = day.astype("datetime64[Y]")
-        time = 1970 + year.astype(int) + (day - year).astype(int) / ((year + 1).astype("datetime64[D]") - year).astype(int)
+        time = (
+            1970 + year.astype(int) + (day - year).astype(int) / ((year + 1).astype("datetime64[D]") - year).astype(int)
+        )
     return Series(torch.from_numpy(time), torch.from_numpy(value).float(), _UNITS[name])
 
 # %% ../nbs/00a_data.ipynb #9019d48c
 class Listed(NamedTuple):
     "One line of `datasets`"
     name: str
-    here: bool        # every file is in the local copy or the cache
+    here: bool  # every file is in the local copy or the cache
     megabytes: float  # to download
     what: str
     licence: str
     cite: str
-    source: str       # where the first file comes from
+    source: str  # where the first file comes from
 
 # %% ../nbs/00a_data.ipynb #2fb8e0f1
 def datasets(
-    root: str | Path | None = None, # cache folder; default: see `data_home`
+    root: str | Path | None = None,  # cache folder; default: see `data_home`
 ) -> list[Listed]:
     "All data sets this library can load"
     url = lambda d: next((s.urls[0] for s in d.files.values()), "scikit-learn")
-    return [Listed(n, available(n, root, quiet=True), d.megabytes, d.what, d.licence, d.cite, url(d)) for n, d in DATASETS.items()]
+    return [
+        Listed(n, available(n, root, quiet=True), d.megabytes, d.what, d.licence, d.cite, url(d))
+        for n, d in DATASETS.items()
+    ]
 
 # %% ../nbs/00a_data.ipynb #fe9f0a12
 def describe(
-    root: str | Path | None = None, # cache folder; default: see `data_home`
+    root: str | Path | None = None,  # cache folder; default: see `data_home`
 ) -> str:
     "The list of `datasets` as text, one line each"
     line = "{:<16} {:>4} {:>6}  {:<24} {}".format
-    rows = [line(d.name, "yes" if d.here else "no", f"{d.megabytes:.1f}", d.licence, f"{d.what} ({d.cite})") for d in datasets(root)]
+    rows = [
+        line(d.name, "yes" if d.here else "no", f"{d.megabytes:.1f}", d.licence, f"{d.what} ({d.cite})")
+        for d in datasets(root)
+    ]
     return "\n".join([line("name", "here", "MB", "licence", "what"), *rows, f"looked in {data_home(root)}"])

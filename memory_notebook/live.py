@@ -25,7 +25,8 @@ def png(
     "A small PNG of a figure: whole size, few colours."
     from PIL import Image
     if fig.get_layout_engine() is None: fig.set_layout_engine("constrained")  # labels stay inside
-    raw, out = io.BytesIO(), io.BytesIO()
+    raw = io.BytesIO()
+    out = io.BytesIO()
     fig.savefig(raw, format="png", dpi=dpi)
     Image.open(raw).convert("RGB").quantize(colors).save(out, "png", optimize=True)
     return out.getvalue()
@@ -78,7 +79,9 @@ def frame(
     dpi: int = 80,  # of a figure
 ) -> str:  # HTML
     "Call the function once and close every pyplot figure that it opened."
-    is_open = lambda: set(sys.modules["matplotlib.pyplot"].get_fignums()) if "matplotlib.pyplot" in sys.modules else set()
+    is_open = lambda: (
+        set(sys.modules["matplotlib.pyplot"].get_fignums()) if "matplotlib.pyplot" in sys.modules else set()
+    )
     before = is_open()
     try: return to_html(fn(**params), alt, dpi)
     finally:
@@ -95,7 +98,8 @@ def _check_names(fn: Any, params: Mapping[str, Any]) -> None:
     "Stop early, in one line, when the controls are not the function's parameters."
     takes = inspect.signature(fn)
     try: takes.bind(**params)
-    except TypeError as e: raise TypeError(f"the controls {list(params)} do not fit {getattr(fn, '__name__', fn)}{takes}: {e}") from None
+    except TypeError as e:
+        raise TypeError(f"the controls {list(params)} do not fit {getattr(fn, '__name__', fn)}{takes}: {e}") from None
 
 # %% ../nbs/00d_live.ipynb #23ef1662
 def control(
@@ -106,7 +110,9 @@ def control(
 ) -> Any:
     "The control that fits the values of a parameter."
     w = _ipywidgets()
-    look = dict(description=label, tooltip=label, style={"description_width": "initial"}, layout={"width": "min(100%, 30rem)"})
+    look = dict(
+        description=label, tooltip=label, style={"description_width": "initial"}, layout={"width": "min(100%, 30rem)"}
+    )
     if isinstance(values, w.Widget):
         values.description = values.description or label
         return values
@@ -119,7 +125,9 @@ def control(
         whole = all(isinstance(v, int) for v in (*values, start))
         kind, extra = (w.IntSlider, {}) if whole else (w.FloatSlider, {"readout_format": ".3g"})
         return kind(min=low, max=high, step=step, value=start, continuous_update=False, **look, **extra)
-    raise ValueError(f"control {name} is {values!r}: give (low, high, step), a list of options, True or False, or a widget")
+    raise ValueError(
+        f"control {name} is {values!r}: give (low, high, step), a list of options, True or False, or a widget"
+    )
 
 # %% ../nbs/00d_live.ipynb #8a1535b3
 NEEDS_KERNEL = "<small>This view needs a kernel: run the notebook in JupyterLab.</small>"
@@ -134,11 +142,14 @@ def live(
     **controls: Any,  # parameter = (low, high, step), list, Boolean or widget
 ) -> Any:  # ipywidgets VBox: the controls, a note, the view
     "Draw an experiment anew whenever a control changes: `name=(low, high, step)`, a list, a Boolean or a widget. Needs a kernel."
-    w, labels = _ipywidgets(), {n: n.replace("_", " ") for n in controls} | dict(labels or {})
+    w = _ipywidgets()
+    labels = {n: n.replace("_", " ") for n in controls} | dict(labels or {})
     _check_names(fn, controls)
     defaults = {n: p.default for n, p in inspect.signature(fn).parameters.items()}
     boxes = {n: control(n, v, labels[n], defaults.get(n)) for n, v in controls.items()}
-    note, view, say = w.HTML(NEEDS_KERNEL), w.HTML(), lambda **p: describe(fn, p, labels)
+    note = w.HTML(NEEDS_KERNEL)
+    view = w.HTML()
+    say = lambda **p: describe(fn, p, labels)
 
     def draw(change=None):
         params = {n: box.value for n, box in boxes.items()}
@@ -170,7 +181,10 @@ def _frames(fn: Any, points: list[dict], labels: Mapping[str, str], alt: Callabl
         _check_names(fn, points[0])
         return [frame(fn, p, say(**p), dpi) for p in points]
     if len(frames := list(fn)) != len(points):
-        raise ValueError(f"got {len(frames)} frames for {len(points)} combinations of values: give one for each, the last parameter fastest")
+        raise ValueError(
+            f"got {len(frames)} frames for {len(points)} combinations of values: give one for each, the last "
+            "parameter fastest"
+        )
     return [to_html(f, say(**p), dpi) for f, p in zip(frames, points)]
 
 # %% ../nbs/00d_live.ipynb #3be2e6d0
@@ -194,7 +208,8 @@ def static(
     **grid: Iterable,  # one or two parameters = their values
 ) -> Any:  # ipywidgets VBox: the controls and a Stack of frames
     "Draw an experiment once over a grid, `name=values` for one or two parameters, into a view that needs no kernel."
-    w, grid = _ipywidgets(), _grid(grid, most=48)
+    w = _ipywidgets()
+    grid = _grid(grid, most=48)
     labels = {n: n.replace("_", " ") for n in grid} | dict(labels or {})
     points = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     pages = [w.HTML(page) for page in _frames(fn, points, labels, alt, dpi)]
@@ -204,7 +219,8 @@ def static(
     stack, *more = rows = [w.Stack(pages[i:i + across], selected_index=0) for i in range(0, len(pages), across)]
     for row in rows: w.jslink((pickers[-1], "index"), (row, "selected_index"))
     if len(grid) == 2:
-        stack = w.Stack(rows, selected_index=0); w.jslink((pickers[0], "index"), (stack, "selected_index"))
+        stack = w.Stack(rows, selected_index=0)
+        w.jslink((pickers[0], "index"), (stack, "selected_index"))
     if not play: return w.VBox([*pickers, stack])
     button = w.Play(max=len(next(iter(grid.values()))) - 1, interval=800, show_repeat=False)
     w.jslink((button, "value"), (pickers[0], "index"))

@@ -30,7 +30,10 @@ class Practice:
         **options: Any,  # further arguments of the task
     ):
         if batches < 1: raise ValueError(f"batches is {batches}: expected at least 1 an epoch")
-        self.task, self.batches, self.batch_size, self.curriculum = task, batches, batch_size, curriculum
+        self.task = task
+        self.batches = batches
+        self.batch_size = batch_size
+        self.curriculum = curriculum
         if "ragged" in inspect.signature(task.make).parameters: options["ragged"] = ragged
         self.options = options
         self.generator = torch.Generator().manual_seed(seed)
@@ -39,7 +42,9 @@ class Practice:
 
     def __iter__(self) -> Iterator[tuple[Tensor, TaskBatch]]:
         for _ in range(self.batches):
-            batch = self.task.sample(self.batch_size, self.curriculum and self.curriculum.size, self.generator, **self.options)
+            batch = self.task.sample(
+                self.batch_size, self.curriculum and self.curriculum.size, self.generator, **self.options
+            )
             yield batch.x, batch
 
 # %% ../nbs/00h_practice.ipynb #2ad071aa
@@ -58,19 +63,26 @@ class Recipe(Callback):
         decay_below: float = 1.0,  # mean cost of an epoch in bits per sequence
         curriculum: Curriculum | None = None,
     ):
-        self.clip, self.decay, self.decay_below, self.curriculum = clip, decay, decay_below, curriculum
-        self.bits, self.sequences, self.decayed = [], 0, False
+        self.clip = clip
+        self.decay = decay
+        self.decay_below = decay_below
+        self.curriculum = curriculum
+        self.bits = []
+        self.sequences = 0
+        self.decayed = False
 
     def after_backward(self, loop: Loop) -> None: nn.utils.clip_grad_value_(loop.model.parameters(), self.clip)
 
     def after_step(self, loop: Loop) -> None:
         _, task = loop.batch
         asked = task.mask.sum().item() * task.y.shape[-1] / len(task.y)  # bits of a sequence
-        self.bits.append(loop.loss.item() * asked / math.log(2)); self.sequences += len(task.y)
+        self.bits.append(loop.loss.item() * asked / math.log(2))
+        self.sequences += len(task.y)
         if self.curriculum is not None: self.curriculum.update(self.bits[-1])
 
     def after_epoch(self, loop: Loop) -> None:
-        bits = sum(self.bits) / len(self.bits); self.bits = []
+        bits = sum(self.bits) / len(self.bits)
+        self.bits = []
         level = {} if self.curriculum is None else {"level": self.curriculum.level}
         loop.history.add(bits=bits, sequences=self.sequences, **level)
         if bits < self.decay_below and not self.decayed:
@@ -82,7 +94,9 @@ class Recipe(Callback):
         return {"bits": self.bits, "sequences": self.sequences, "decayed": self.decayed, "curriculum": curriculum}
 
     def load_state_dict(self, state: dict) -> None:
-        self.bits, self.sequences, self.decayed = list(state["bits"]), state["sequences"], state["decayed"]
+        self.bits = list(state["bits"])
+        self.sequences = state["sequences"]
+        self.decayed = state["decayed"]
         if self.curriculum is not None: self.curriculum.load_state_dict(state["curriculum"])
 
 # %% ../nbs/00h_practice.ipynb #4042ce60
@@ -133,12 +147,19 @@ def examine(
     **options: Any,  # further arguments of the task
 ) -> dict[int, dict[str, float]]:  # size -> "bits" per sequence, "bit_error" as a share
     "Cost and wrong bits on sequences of each size."
-    device, was_training, scores = next(model.parameters()).device, model.training, {}
+    device = next(model.parameters()).device
+    was_training = model.training
+    scores = {}
     model.eval()
     for size in task.test if sizes is None else sizes:
-        batch = task.sample(sequences, size, torch.Generator().manual_seed(seed + size), **(task.fixed | options)).to(device)
+        batch = task.sample(sequences, size, torch.Generator().manual_seed(seed + size), **(task.fixed | options)).to(
+            device
+        )
         logits = model(batch.x)[0]
-        scores[size] = {"bits": bits_per_sequence(logits, batch).mean().item(), "bit_error": bit_error_rate(logits, batch).item()}
+        scores[size] = {
+            "bits": bits_per_sequence(logits, batch).mean().item(),
+            "bit_error": bit_error_rate(logits, batch).item(),
+        }
     model.train(was_training)
     return scores
 

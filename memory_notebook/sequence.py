@@ -17,7 +17,8 @@ CONTROLLERS = "lstm", "feedforward"
 
 
 def control(
-    gates: Tensor,  # (b, 4 * hidden_size) output, input, forget, candidate; or (b, hidden_size) of a feed-forward controller
+    # (b, 4 * hidden_size) output, input, forget, candidate; or (b, hidden_size) of a feed-forward controller
+    gates: Tensor,
     cell: Tensor | None,  # (b, hidden_size); None: feed-forward
 ) -> tuple[Tensor, Tensor | None]:  # hidden state and cell
     "The controller's activations."
@@ -34,8 +35,11 @@ class MachineCell(nn.Module):
         layout: Any,  # `sizes` of the parts of the interface, and `activate`, which brings them into their ranges
     ):
         super().__init__()
-        c, self.config, self.layout = config, config, layout
-        self.lstm, reads = c.controller == "lstm", c.read_heads * c.memory_dim
+        c = config
+        self.config = config
+        self.layout = layout
+        self.lstm = c.controller == "lstm"
+        reads = c.read_heads * c.memory_dim
         units = c.hidden_size * (4 if self.lstm else 1)
         self.input = nn.Linear(c.input_size, units)
         self.recurrent = nn.Linear(c.hidden_size * self.lstm + reads, units, bias=False)
@@ -53,7 +57,9 @@ class MachineCell(nn.Module):
     def zeros(self, batch_size: int, *shape: int) -> Tensor:
         "Part of a first state; float32 where the parameters are of half precision."
         weight = self.interface.weight
-        return torch.zeros(batch_size, *shape, device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+        return torch.zeros(
+            batch_size, *shape, device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32)
+        )
 
     def emit(self, driven: Tensor, state: Any) -> tuple[Tensor, Tensor | None, Any]:
         "New hidden state and cell, and what the controller tells the memory."
@@ -75,7 +81,9 @@ class Machine(nn.Module):
     "A machine with a memory over a sequence, called like `nn.LSTM(batch_first=True)`."
     def __init__(self, cell: MachineCell):
         super().__init__()
-        self.config, self.cell, self._step = cell.config, cell, None
+        self.config = cell.config
+        self.cell = cell
+        self._step = None
 
     def init_state(self, batch_size: int) -> Any:
         "The state before the first step."
@@ -97,7 +105,8 @@ class Machine(nn.Module):
         if x.dim() != 3 or x.shape[-1] != c.input_size or not x.shape[1]:
             raise ValueError(f"expected x (b, t, {c.input_size}) with t >= 1, got {tuple(x.shape)}")
         if state is None: state = self.init_state(len(x))
-        want, got = (len(x), c.memory_size, c.memory_dim), tuple(state.memory.shape)
+        want = (len(x), c.memory_size, c.memory_dim)
+        got = tuple(state.memory.shape)
         if got != want: raise ValueError(f"expected a state with memory {want}, got {got}: use init_state({len(x)})")
         return self.cell.input(x).transpose(0, 1).to(state.memory.dtype), state
 
@@ -155,16 +164,27 @@ class Tape:
         keep: bool,  # every step, for the way back
     ):
         T, b, units = driven.shape
-        self.lstm, self.H, self.r, self.w, self.steps, self.keep = lstm, H, r, w, T, keep
+        self.lstm = lstm
+        self.H = H
+        self.r = r
+        self.w = w
+        self.steps = T
+        self.keep = keep
         new = lambda steps, *shape, keep=keep: Buffer.like(driven, keep, steps, b, *shape)
         self.out = new(T + 1, H + r * w, keep=True)  # hidden state and reads
-        self.gates, self.cells, self.tanh_cells, self.params = new(T, units), new(T + 1, H), new(T, H), new(T, interface)
+        self.gates = new(T, units)
+        self.cells = new(T + 1, H)
+        self.tanh_cells = new(T, H)
+        self.params = new(T, interface)
         self.hidden, self.reads = self.out.part(0, H), self.out.part(H, r * w, (r, w))
         self.fed_back = self.out.at if lstm else self.out.part(H, r * w)
-        if lstm: (self.o, self.i, self.f, self.g), self.oif = (self.gates.part(j * H, H) for j in range(4)), self.gates.part(0, 3 * H)
+        if lstm:
+            self.o, self.i, self.f, self.g = (self.gates.part(j * H, H) for j in range(4))
+            self.oif = self.gates.part(0, 3 * H)
 
     def begin(self, state: Any) -> None:
-        self.hidden[0].copy_(state.hidden); self.reads[0].copy_(state.reads)
+        self.hidden[0].copy_(state.hidden)
+        self.reads[0].copy_(state.reads)
         if self.lstm: self.cells.at[0].copy_(state.cell)
 
     def control(self, t: int, driven: Tensor, recurrent: Tensor, interface: Tensor, bias: Tensor) -> None:
@@ -172,7 +192,8 @@ class Tape:
         torch.addmm(driven, self.fed_back[t], recurrent, out=self.gates.at[t])
         hidden = self.hidden[t + 1]
         if self.lstm:
-            self.oif[t].sigmoid_(); self.g[t].tanh_()
+            self.oif[t].sigmoid_()
+            self.g[t].tanh_()
             cell = torch.mul(self.f[t], self.cells.at[t], out=self.cells.at[t + 1]).addcmul_(self.i[t], self.g[t])
             torch.mul(self.o[t], torch.tanh(cell, out=self.tanh_cells.at[t]), out=hidden)
         else: torch.tanh(self.gates.at[t], out=hidden)
@@ -184,16 +205,24 @@ class Rewind:
     slopes: tuple[Tensor, ...]  # of the interface, step by step
 
     def __init__(self, z: Tape, d_out: Tensor, d_cell: Tensor | None):
-        T, b, H, size = z.steps, d_out.shape[1], z.H, z.r * z.w
+        T = z.steps
+        b = d_out.shape[1]
+        H = z.H
+        size = z.r * z.w
         self.params, self.gates = (Buffer.like(d_out, True, T, b, v.all.shape[-1]) for v in (z.params, z.gates))
         self.out = Buffer.like(d_out, True, T + 1, b, d_out.shape[-1])
-        self.out.all[0].zero_(); self.out.all[1:].copy_(d_out)
+        self.out.all[0].zero_()
+        self.out.all[1:].copy_(d_out)
         self.hidden, self.reads = self.out.part(0, H), self.out.part(H, size, (z.r, z.w))
         self.fed_back = self.out.at if z.lstm else self.out.part(H, size)
         self.cell = None if d_cell is None else d_cell.clone()
-        if not z.lstm: torch.sub(1, z.out.all[1:, :, :H].square(), out=self.gates.all); return
-        (o, i, f, g), y = z.gates.all.chunk(4, -1), z.tanh_cells.all
-        self.cell_slope, self.forget = (o * (1 - y * y)).unbind(0), f.unbind(0)
+        if not z.lstm:
+            torch.sub(1, z.out.all[1:, :, :H].square(), out=self.gates.all)
+            return
+        o, i, f, g = z.gates.all.chunk(4, -1)
+        y = z.tanh_cells.all
+        self.cell_slope = (o * (1 - y * y)).unbind(0)
+        self.forget = f.unbind(0)
         slopes = y * o * (1 - o), g * i * (1 - i), z.cells.all[:-1] * f * (1 - f), i * (1 - g * g)
         torch.stack(slopes, 2, out=self.gates.all.unflatten(-1, (4, H)))  # each step turns its own into gradients
         self.d_o, self.d_ifg = self.gates.part(0, H), self.gates.part(H, 3 * H, (3, H))
@@ -203,7 +232,8 @@ class Rewind:
         hidden = self.hidden[t + 1].addmm_(self.params.at[t].mul_(self.slopes[t]), interface)
         if z.lstm:
             self.cell.addcmul_(hidden, self.cell_slope[t])
-            self.d_o[t].mul_(hidden); self.d_ifg[t].mul_(self.cell.unsqueeze(1))
+            self.d_o[t].mul_(hidden)
+            self.d_ifg[t].mul_(self.cell.unsqueeze(1))
             self.cell.mul_(self.forget[t])
         else: self.gates.at[t].mul_(hidden)
         self.fed_back[t].addmm_(self.gates.at[t], recurrent)
@@ -211,7 +241,9 @@ class Rewind:
     def gradients(self, z: Tape) -> tuple[Tensor, ...]:
         "When all steps are done: gradients of the driven inputs, the two weights, and the interface's bias."
         flat = lambda v: v.flatten(0, 1)
-        params, gates, hidden = flat(self.params.all), flat(self.gates.all), flat(z.out.all[1:, :, :z.H])
+        params = flat(self.params.all)
+        gates = flat(self.gates.all)
+        hidden = flat(z.out.all[1:, :, :z.H])
         fed_back = flat(z.out.all[:-1] if z.lstm else z.out.all[:-1, :, z.H:])
         return self.gates.all, gates.T @ fed_back, params.T @ hidden, params.sum(0)
 

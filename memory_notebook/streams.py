@@ -44,12 +44,16 @@ class Stream:
     names: tuple[str, ...] = ()  # of the contexts
 
     def __post_init__(self):
-        if self.scenario not in ("task", "domain", "class"): raise ValueError(f"scenario is {self.scenario!r}: choose 'task', 'domain' or 'class'")
-        if self.classes is None and self.scenario != "domain": raise ValueError("a stream of regressions has one scenario, 'domain'")
+        if self.scenario not in ("task", "domain", "class"):
+            raise ValueError(f"scenario is {self.scenario!r}: choose 'task', 'domain' or 'class'")
+        if self.classes is None and self.scenario != "domain":
+            raise ValueError("a stream of regressions has one scenario, 'domain'")
         for name, part in (("train", self.train), ("test", self.test)):
             if len(part.x) != len(part.y): raise ValueError(f"{name}: {len(part.x)} inputs but {len(part.y)} targets")
-            if not part.rows or not all(map(len, part.rows)): raise ValueError(f"{name}: every context needs at least one sample")
-        if len(self.train.rows) != len(self.test.rows): raise ValueError(f"{len(self.train.rows)} contexts to train but {len(self.test.rows)} to test")
+            if not part.rows or not all(map(len, part.rows)):
+                raise ValueError(f"{name}: every context needs at least one sample")
+        if len(self.train.rows) != len(self.test.rows):
+            raise ValueError(f"{len(self.train.rows)} contexts to train but {len(self.test.rows)} to test")
 
     def __len__(self) -> int: return len(self.test.rows)
     def task(self) -> "Stream": return replace(self, scenario="task")
@@ -77,9 +81,14 @@ def draw(self: Stream,
     context: Tensor | int,  # (b,) or one for all
 ) -> tuple[Tensor, Tensor, Tensor]:  # x (b, ...), y (b,), context (b,)
     "Samples as their contexts show them."
-    x, y = part.x[rows], part.y[rows]
+    x = part.x[rows]
+    y = part.y[rows]
     if isinstance(context, int):
-        return x if self.change is None else self.change(x, context), y, torch.full((len(rows),), context, device=x.device)
+        return (
+            x if self.change is None else self.change(x, context),
+            y,
+            torch.full((len(rows),), context, device=x.device),
+        )
     if self.change is not None:
         for t in context.unique().tolist(): x[context == t] = self.change(x[context == t], t)  # x is a copy already
     return x, y, context
@@ -98,7 +107,9 @@ def answer(self: Stream, logits: Tensor, y: Tensor, context: Tensor) -> tuple[Te
     return logits.view(len(logits), -1, self.classes)[torch.arange(len(logits), device=logits.device), context], y
 
 
-Stream.draw, Stream.to, Stream.answer = draw, to, answer
+Stream.draw = draw
+Stream.to = to
+Stream.answer = answer
 
 # %% ../nbs/00f_streams.ipynb #64d7c336
 def _pairs(data: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -114,10 +125,13 @@ def split_stream(
     seed: int | None = None,  # of the order of classes; None: as they are numbered
 ) -> Stream:
     "Each context has its own classes: Split MNIST and the like."
-    x, y, u, v = _pairs(data); total = int(y.max()) + 1
+    x, y, u, v = _pairs(data)
+    total = int(y.max()) + 1
     if total % contexts: raise ValueError(f"{total} classes cannot be dealt evenly into {contexts} contexts")
     k = total // contexts
-    order = torch.arange(total) if seed is None else torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    order = (
+        torch.arange(total) if seed is None else torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    )
     place = torch.empty_like(order).index_copy_(0, order, torch.arange(total))  # class -> its number in the stream
     part = lambda x, y: Part(x, place[y] % k, tuple((place[y] // k == t).nonzero()[:, 0] for t in range(contexts)))
     names = tuple(" ".join(map(str, order[t * k:(t + 1) * k].tolist())) for t in range(contexts))
@@ -127,7 +141,10 @@ def split_stream(
 def _same_rows(x: Tensor, contexts: int, samples: int | None, seed: int) -> tuple[Tensor, ...]:
     "All rows in every context, or `samples` of them, drawn anew for each."
     if samples is None: return (torch.arange(len(x)),) * contexts
-    return tuple(torch.randperm(len(x), generator=torch.Generator().manual_seed(seed * 1009 + t))[:samples] for t in range(contexts))
+    return tuple(
+        torch.randperm(len(x), generator=torch.Generator().manual_seed(seed * 1009 + t))[:samples]
+        for t in range(contexts)
+    )
 
 
 def permuted_stream(
@@ -137,7 +154,8 @@ def permuted_stream(
     seed: int = 0,  # of the permutations
 ) -> Stream:
     "Each context has all classes, and its own order of pixels. Goodfellow et al. 2013."
-    x, y, u, v = _pairs(data); g = torch.Generator().manual_seed(seed)
+    x, y, u, v = _pairs(data)
+    g = torch.Generator().manual_seed(seed)
     orders = torch.stack([torch.randperm(x.shape[1], generator=g) for _ in range(contexts)])
     tests = (torch.arange(len(u)),) * contexts
     return Stream(Part(x, y, _same_rows(x, contexts, samples, seed)), Part(u, v, tests), int(y.max()) + 1, "domain",
@@ -149,7 +167,8 @@ def rotate(
     angle: float,  # degrees, counter-clockwise
 ) -> Tensor:  # same shape
     "Square images turned about their centre, bilinearly."
-    side = math.isqrt(x[0].numel()); a = math.radians(angle)
+    side = math.isqrt(x[0].numel())
+    a = math.radians(angle)
     if side * side != x[0].numel(): raise ValueError(f"expected square images, got {x[0].numel()} pixels")
     matrix = x.new_tensor([[math.cos(a), -math.sin(a), 0], [math.sin(a), math.cos(a), 0]]).expand(len(x), 2, 3)
     image = x.view(-1, 1, side, side)
@@ -165,28 +184,44 @@ def rotated_stream(
 ) -> Stream:
     "Each context has all classes, turned by its own angle. Lopez-Paz & Ranzato 2017."
     x, y, u, v = _pairs(data)
-    angles = list(angles) if angles is not None else (180 * torch.rand(contexts, generator=torch.Generator().manual_seed(seed))).tolist()
+    angles = (
+        list(angles)
+        if angles is not None
+        else (180 * torch.rand(contexts, generator=torch.Generator().manual_seed(seed))).tolist()
+    )
     if len(angles) != contexts: raise ValueError(f"{len(angles)} angles for {contexts} contexts")
-    return Stream(Part(x, y, _same_rows(x, contexts, samples, seed)), Part(u, v, (torch.arange(len(u)),) * contexts), int(y.max()) + 1,
-                  "domain", lambda x, t: rotate(x, angles[t]), names=tuple(f"{a:.0f}°" for a in angles))
+    return Stream(
+        Part(x, y, _same_rows(x, contexts, samples, seed)),
+        Part(u, v, (torch.arange(len(u)),) * contexts),
+        int(y.max()) + 1,
+        "domain",
+        lambda x, t: rotate(x, angles[t]),
+        names=tuple(f"{a:.0f}°" for a in angles),
+    )
 
 # %% ../nbs/00f_streams.ipynb #cf62f356
 class Walk:
     "Which rows each step of a stream sees. It depends only on the seed and the step, so a killed run finds its place."
     def __init__(self, stream: Stream, batch_size: int, steps: int | None, epochs: int | None, seed: int):
         if (steps is None) == (epochs is None): raise ValueError("say how long a context lasts: either steps or epochs")
-        if min(batch_size, steps or 1, epochs or 1) < 1: raise ValueError("batch_size, steps and epochs must be at least 1")
+        if min(batch_size, steps or 1, epochs or 1) < 1:
+            raise ValueError("batch_size, steps and epochs must be at least 1")
         if stream.width and steps is None: raise ValueError("a task-free stream has no epochs: give steps")
-        self.stream, self.batch_size, self.seed, self.rows = stream, batch_size, seed, stream.train.rows
+        self.stream = stream
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rows = stream.train.rows
         self.contexts = range(len(stream))  # of the rows
         if stream.together:
             self.contexts = (torch.cat([torch.full_like(r, t) for t, r in enumerate(self.rows)]),)
             self.rows = (torch.cat(self.rows),)
         self.steps = [steps or epochs * max(1, len(r) // batch_size) for r in self.rows]
         if stream.width:  # all rows in a line, and where each context's begin
-            self.line, self.sizes = torch.cat(self.rows), torch.tensor([len(r) for r in self.rows])
+            self.line = torch.cat(self.rows)
+            self.sizes = torch.tensor([len(r) for r in self.rows])
             self.starts = self.sizes.cumsum(0) - self.sizes
-        self._now, self._order = None, None
+        self._now = None
+        self._order = None
 
     def generator(self, *place: int) -> torch.Generator:
         "Seeded by the walk's seed and a place in it."
@@ -196,16 +231,26 @@ class Walk:
 
     def __call__(self, t: int, step: int) -> tuple[Tensor, Tensor | int]:  # rows (b,), contexts (b,) or one for all
         if self.stream.width: return self.blend(t, step)
-        rows, context = self.rows[t], self.contexts[t]
-        per_epoch = max(1, len(rows) // self.batch_size); now = (t, step // per_epoch)
-        if self._now != now: self._now, self._order = now, torch.randperm(len(rows), generator=self.generator(*now)).to(rows.device)
-        start = step % per_epoch * self.batch_size; chosen = self._order[start:start + self.batch_size]
+        rows = self.rows[t]
+        context = self.contexts[t]
+        per_epoch = max(1, len(rows) // self.batch_size)
+        now = (t, step // per_epoch)
+        if self._now != now:
+            self._now, self._order = now, torch.randperm(len(rows), generator=self.generator(*now)).to(rows.device)
+        start = step % per_epoch * self.batch_size
+        chosen = self._order[start:start + self.batch_size]
         return rows[chosen], context if isinstance(context, int) else context[chosen]
 
     def blend(self, t: int, step: int) -> tuple[Tensor, Tensor]:
         "Near a boundary, samples of both sides: the place in the stream is blurred by `width`."
-        g = self.generator(t, step); place = t + (step + 0.5) / self.steps[t]
-        context = (place + self.stream.width * (torch.rand(self.batch_size, generator=g) - 0.5)).floor().long().clamp(0, len(self.rows) - 1)
+        g = self.generator(t, step)
+        place = t + (step + 0.5) / self.steps[t]
+        context = (
+            (place + self.stream.width * (torch.rand(self.batch_size, generator=g) - 0.5))
+            .floor()
+            .long()
+            .clamp(0, len(self.rows) - 1)
+        )
         within = (torch.rand(self.batch_size, generator=g, dtype=torch.double) * self.sizes[context]).long()
         rows = self.line[(self.starts[context] + within).to(self.line.device)]
         return rows, context.to(rows.device)
@@ -228,7 +273,8 @@ class Results:
     @property
     def learned(self) -> Tensor:
         "Gain on each context right after it was learned, (T,)."
-        if len(self.R) != self.R.shape[1] + 1: raise ValueError("joint training learns no context after another: it has only acc")
+        if len(self.R) != self.R.shape[1] + 1:
+            raise ValueError("joint training learns no context after another: it has only acc")
         return self.gain[1:].diagonal()
     @property
     def acc(self) -> float:
@@ -250,7 +296,8 @@ class Results:
 # %% ../nbs/00f_streams.ipynb #bd0c3df8
 def forgetting_of(self: Results) -> Tensor:
     "Best since it was learned minus at the end, for each context but the last, (T - 1,). Chaudhry et al. 2018."
-    T = len(self.learned); since = torch.ones(T, T, dtype=torch.bool).tril()
+    T = len(self.learned)
+    since = torch.ones(T, T, dtype=torch.bool).tril()
     return (self.gain[1:].masked_fill(~since, -torch.inf).amax(0) - self.gain[-1])[:-1]
 
 
@@ -266,26 +313,43 @@ def intransigence(self: Results, joint: Results) -> float:
 
 def row(self: Results) -> dict[str, float]:
     "The numbers, flat."
-    names = ("bwt", "fwt", "forgetting", "plasticity", "transfer_positive_share") if len(self.R) == self.R.shape[1] + 1 else ()
+    names = (
+        ("bwt", "fwt", "forgetting", "plasticity", "transfer_positive_share")
+        if len(self.R) == self.R.shape[1] + 1
+        else ()
+    )
     online = {} if self.online.isnan().any() else {"online": self.online.mean().item()}
     return {n: float(getattr(self, n)) for n in ("acc", *names, "cpu_s", "nbytes")} | online
 
 
-Results.forgetting_of, Results.transitions, Results.intransigence, Results.row = forgetting_of, transitions, intransigence, row
+Results.forgetting_of = forgetting_of
+Results.transitions = transitions
+Results.intransigence = intransigence
+Results.row = row
 Results.forgetting = property(lambda self: self.forgetting_of().mean().item(), doc="Mean of `forgetting_of`.")
-Results.transfer_positive_share = property(lambda self: (self.transitions() > 0).float().mean().item(), doc="Share of positive `transitions`.")
+Results.transfer_positive_share = property(
+    lambda self: (self.transitions() > 0).float().mean().item(), doc="Share of positive `transitions`."
+)
 
 # %% ../nbs/00f_streams.ipynb #453adb3e
 def plot(self: Results, ax=None):
     "The matrix R as a heat map."
     from matplotlib.figure import Figure
     ax = ax or Figure(figsize=(4.2, 3.4), dpi=90, layout="constrained").subplots()
-    few = self.R.numel() <= 60; image = ax.imshow(self.R, cmap="cividis", aspect="auto", **({} if self.error else {"vmin": 0, "vmax": 1}))
+    few = self.R.numel() <= 60
+    image = ax.imshow(self.R, cmap="cividis", aspect="auto", **({} if self.error else {"vmin": 0, "vmax": 1}))
     ax.figure.colorbar(image, ax=ax, label="error" if self.error else "accuracy")
     for (t, i), v in [((t, i), v) for t, r in enumerate(self.R.tolist()) for i, v in enumerate(r)] if few else ():
-        ax.text(i, t, f"{v:.2f}", ha="center", va="center", fontsize=7, color="black" if image.norm(v) > 0.5 else "white")
+        ax.text(
+            i, t, f"{v:.2f}", ha="center", va="center", fontsize=7, color="black" if image.norm(v) > 0.5 else "white"
+        )
     ticks = range(0, len(self.R), max(1, len(self.R) // 10))
-    ax.set(xlabel="tested on context", ylabel="contexts learned", xticks=[i for i in ticks if i < self.R.shape[1]], yticks=list(ticks))
+    ax.set(
+        xlabel="tested on context",
+        ylabel="contexts learned",
+        xticks=[i for i in ticks if i < self.R.shape[1]],
+        yticks=list(ticks),
+    )
     ax.set_xticklabels([i + 1 for i in ticks if i < self.R.shape[1]])
     return ax.figure
 
@@ -296,8 +360,13 @@ Results.plot = plot
 def _amd() -> bool:
     "Whether this is an AMD processor with AVX-512 and torch can call oneDNN."
     info = Path("/proc/cpuinfo")
-    return (info.is_file() and "AuthenticAMD" in info.read_text() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-            and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+    return (
+        info.is_file()
+        and "AuthenticAMD" in info.read_text()
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
 
 
 def onednn(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
@@ -314,7 +383,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        (x, w), (of_x, of_w, of_b) = ctx.saved_tensors, ctx.needs_input_grad
+        x, w = ctx.saved_tensors
+        of_x, of_w, of_b = ctx.needs_input_grad
         return onednn(g, w.t()) if of_x else None, onednn(g.t(), x.t()) if of_w else None, g.sum(0) if of_b else None
 
 
@@ -323,15 +393,26 @@ class Linear(nn.Linear):
     fast = _amd()
 
     def forward(self, x: Tensor) -> Tensor:
-        fast = self.fast and x.dim() == 2 and len(x) and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32
-        return _Product.apply(x, self.weight, self.bias) if fast and not torch.is_autocast_enabled("cpu") else super().forward(x)
+        fast = (
+            self.fast
+            and x.dim() == 2
+            and len(x)
+            and x.device.type == "cpu"
+            and x.dtype == self.weight.dtype == torch.float32
+        )
+        return (
+            _Product.apply(x, self.weight, self.bias)
+            if fast and not torch.is_autocast_enabled("cpu")
+            else super().forward(x)
+        )
 
 # %% ../nbs/00f_streams.ipynb #5569decb
 class MLP(nn.Module):
     "Linear layers with ReLU between them."
     def __init__(self, inputs: int, outputs: int, hidden: Iterable[int] = (400, 400)):
         super().__init__()
-        if min(sizes := [inputs, *hidden, outputs]) < 1: raise ValueError(f"layers of {sizes} units: expected at least 1 in each")
+        if min(sizes := [inputs, *hidden, outputs]) < 1:
+            raise ValueError(f"layers of {sizes} units: expected at least 1 in each")
         self.body = nn.Sequential(*(m for a, b in zip(sizes[:-1], sizes[1:-1]) for m in (Linear(a, b), nn.ReLU())))
         self.head = Linear(*sizes[-2:])
 
@@ -346,12 +427,14 @@ class Method:
     def start(self, learner: "Learner") -> None: ...
     def before_context(self, learner: "Learner") -> None: ...
     def batch(self, learner: "Learner") -> None: ...  # may call learner.add(...)
-    def criterion(self, learner: "Learner") -> Tensor | None: ...  # (b,) losses in place of the usual; the first that is not None counts
+    # (b,) losses in place of the usual; the first that is not None counts
+    def criterion(self, learner: "Learner") -> Tensor | None: ...
     def loss(self, learner: "Learner") -> Tensor | None: ...  # is added; learner.logits is ready
     def after_backward(self, learner: "Learner") -> None: ...  # gradients may be changed
     def after_step(self, learner: "Learner") -> None: ...
     def after_context(self, learner: "Learner") -> None: ...
-    def scores(self, learner: "Learner", x: Tensor, context: Tensor) -> Tensor | None: ...  # answers at test time in place of the network's
+    # answers at test time in place of the network's
+    def scores(self, learner: "Learner", x: Tensor, context: Tensor) -> Tensor | None: ...
 
     @property
     def nbytes(self) -> int: return size_of(self.state_dict())  # held beside the network
@@ -362,7 +445,11 @@ class Method:
 def size_of(state: Any) -> int:
     "Bytes of the tensors in a nested state."
     if isinstance(state, Tensor): return state.nbytes
-    return sum(map(size_of, state.values() if isinstance(state, dict) else state)) if isinstance(state, (dict, list, tuple)) else 0
+    return (
+        sum(map(size_of, state.values() if isinstance(state, dict) else state))
+        if isinstance(state, (dict, list, tuple))
+        else 0
+    )
 
 # %% ../nbs/00f_streams.ipynb #22922b00
 def ask(model: nn.Module, x: Tensor, context: Tensor) -> Tensor:
@@ -373,13 +460,19 @@ def ask(model: nn.Module, x: Tensor, context: Tensor) -> Tensor:
 class Learner:
     "A network that learns a stream, with methods that watch over what it has learned."
     def __init__(self,
-        model: nn.Module,  # x (b, ...) -> logits (b, outputs); `takes_context = True`: (x, context); with `learn(x, y, context)`: no gradients
-        opt: torch.optim.Optimizer | Callable | None = None,  # an optimiser, or parameters -> optimiser; None: Adam, 1e-3
+        # x (b, ...) -> logits (b, outputs); `takes_context = True`: (x, context); with `learn(x, y, context)`: no
+        # gradients
+        model: nn.Module,
+        # an optimiser, or parameters -> optimiser; None: Adam, 1e-3
+        opt: torch.optim.Optimizer | Callable | None = None,
         methods: Iterable[Method] = (),
         seed: int = 0,  # of everything drawn
         device: str | torch.device = "cpu",
     ):
-        self.device, self.seed, self.methods, self.model = pick_device(str(device)), seed, list(methods), model
+        self.device = pick_device(str(device))
+        self.seed = seed
+        self.methods = list(methods)
+        self.model = model
         model.to(self.device)
         self.gradients = not hasattr(model, "learn")
         self.params = [p for p in model.parameters() if p.requires_grad]
@@ -389,7 +482,11 @@ class Learner:
 
     def add(self, x: Tensor, y: Tensor, context: Tensor, weight: float) -> slice:
         "Put samples behind the batch; `weight` is that of their mean loss. Returns their place in `logits`."
-        start = sum(map(len, self.xs)); self.xs.append(x); self.ys.append(y); self.contexts.append(context); self.weights.append(weight)
+        start = sum(map(len, self.xs))
+        self.xs.append(x)
+        self.ys.append(y)
+        self.contexts.append(context)
+        self.weights.append(weight)
         return slice(start, start + len(x))
 
     def context_data(self, most: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -413,7 +510,10 @@ def losses(self: Learner, logits: Tensor, y: Tensor, context: Tensor) -> Tensor:
 
 def train_step(self: Learner, x: Tensor, y: Tensor, context: Tensor) -> None:
     "One step on new samples and on what the methods put beside them."
-    self.xs, self.ys, self.contexts, self.weights = [x], [y], [context], [1.0]
+    self.xs = [x]
+    self.ys = [y]
+    self.contexts = [context]
+    self.weights = [1.0]
     for m in self.methods: m.batch(self)
     self.x, self.y, self.context = (v[0] if len(v) == 1 else torch.cat(v) for v in (self.xs, self.ys, self.contexts))
     self.opt.zero_grad(set_to_none=True)
@@ -438,7 +538,9 @@ def score(self: Learner, logits: Tensor, y: Tensor, context: Tensor) -> Tensor:
     return (logits.argmax(1) == y).float().mean()
 
 
-Learner.losses, Learner.train_step, Learner.score = losses, train_step, score
+Learner.losses = losses
+Learner.train_step = train_step
+Learner.score = score
 
 # %% ../nbs/00f_streams.ipynb #2064c227
 @torch.no_grad()
@@ -452,15 +554,23 @@ def predict(self: Learner, x: Tensor, context: Tensor) -> Tensor:
 @torch.no_grad()
 def test(self: Learner, stream: Stream | None = None, batch_size: int = 4096) -> Tensor:  # (T,)
     "Accuracy (or error) on the test data of every context."
-    stream = stream or self.stream; training = self.model.training; self.model.eval(); scores = []
+    stream = stream or self.stream
+    training = self.model.training
+    self.model.eval()
+    scores = []
     for t, rows in enumerate(stream.test.rows):
-        parts = [(len(r), self.score(self.predict(x, c), y, c)) for r in rows.split(batch_size) for x, y, c in [stream.draw(stream.test, r, t)]]
+        parts = [
+            (len(r), self.score(self.predict(x, c), y, c))
+            for r in rows.split(batch_size)
+            for x, y, c in [stream.draw(stream.test, r, t)]
+        ]
         scores.append(sum(n * s for n, s in parts) / len(rows))
     self.model.train(training)
     return torch.stack(scores).cpu()
 
 
-Learner.predict, Learner.test = predict, test
+Learner.predict = predict
+Learner.test = test
 
 # %% ../nbs/00f_streams.ipynb #400c5a17
 def fit(self: Learner,
@@ -475,10 +585,16 @@ def fit(self: Learner,
     "Learn a stream and test after every context. Killed at any moment and called again it ends with the same bits."
     for m in self.methods:
         if m.boundaries and (stream.width or stream.together):
-            raise ValueError(f"{type(m).__name__} must be told when a context ends, and in this stream none does: use replay, or a sharp stream")
-    self.stream = stream.to(self.device); self.walk = Walk(self.stream, batch_size, steps, epochs, self.seed)
-    with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):  # the global generators stay as they were
-        torch.manual_seed(self.seed); self.start(stages := len(self.walk.steps))
+            raise ValueError(
+                f"{type(m).__name__} must be told when a context ends, and in this stream none does: use replay, or "
+                "a sharp stream"
+            )
+    self.stream = stream.to(self.device)
+    self.walk = Walk(self.stream, batch_size, steps, epochs, self.seed)
+    # the global generators stay as they were
+    with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+        torch.manual_seed(self.seed)
+        self.start(stages := len(self.walk.steps))
         if checkpoint is not None and Path(checkpoint).is_file(): self.load_state_dict(load_checkpoint(checkpoint))
         else: self.results.R[0] = self.test()
         with progress_bar(sum(self.walk.steps), "stream", progress) as bar:
@@ -490,23 +606,31 @@ def fit(self: Learner,
 
 def start(self: Learner, stages: int) -> None:
     "Before the first of so many contexts."
-    stream, self.done, self.step, self.hits = self.stream, 0, 0, torch.zeros((), device=self.device)
+    stream = self.stream
+    self.done = 0
+    self.step = 0
+    self.hits = torch.zeros((), device=self.device)
     self.model.train()
     if hasattr(self.model, "check"): self.model.check(stream)  # some networks serve one scenario only
     for m in self.methods: m.start(self)
     out = self.predict(*stream.draw(stream.test, stream.test.rows[0][:1], 0)[::2])
     if out[0].numel() != stream.outputs:
-        raise ValueError(f"the network has {out[0].numel()} outputs, scenario {stream.scenario!r} needs {stream.outputs}: build it with stream.outputs")
+        raise ValueError(
+            f"the network has {out[0].numel()} outputs, scenario {stream.scenario!r} needs {stream.outputs}: build "
+            "it with stream.outputs"
+        )
     R = torch.full((stages + 1, len(stream)), torch.nan)
     self.results = Results(R, torch.full((stages,), torch.nan), error=stream.classes is None, names=stream.names)
 
 
-Learner.fit, Learner.start = fit, start
+Learner.fit = fit
+Learner.start = start
 
 # %% ../nbs/00f_streams.ipynb #1e511422
 def learn_context(self: Learner, bar=None, checkpoint: str | Path | None = None, every: int | None = None) -> None:
     "Learn the rest of the present context, then test on all."
-    start, steps = time.process_time(), self.walk.steps[self.done]
+    start = time.process_time()
+    steps = self.walk.steps[self.done]
     if self.step == 0:
         for m in self.methods: m.before_context(self)
     while self.step < steps:
@@ -516,11 +640,16 @@ def learn_context(self: Learner, bar=None, checkpoint: str | Path | None = None,
         self.step += 1
         if bar is not None: bar.update()
         if checkpoint is not None and every and self.step % every == 0 and self.step < steps:
-            self.results.cpu_s += time.process_time() - start; save_checkpoint(checkpoint, self.state_dict()); start = time.process_time()
+            self.results.cpu_s += time.process_time() - start
+            save_checkpoint(checkpoint, self.state_dict())
+            start = time.process_time()
     for m in self.methods: m.after_context(self)
     self.results.cpu_s += time.process_time() - start
-    if self.gradients: self.results.online[self.done] = (self.hits / steps).cpu(); self.hits.zero_()
-    self.done, self.step = self.done + 1, 0
+    if self.gradients:
+        self.results.online[self.done] = (self.hits / steps).cpu()
+        self.hits.zero_()
+    self.done = self.done + 1
+    self.step = 0
     self.results.R[self.done] = self.test()
     if checkpoint is not None: save_checkpoint(checkpoint, self.state_dict())
 
@@ -530,9 +659,18 @@ Learner.learn_context = learn_context
 # %% ../nbs/00f_streams.ipynb #768c9f03
 def state_dict(self: Learner) -> dict:
     "Everything from which the learner can go on."
-    return {"model": self.model.state_dict(), "opt": self.opt.state_dict() if self.opt else None, "methods": [m.state_dict() for m in self.methods],
-            "done": self.done, "step": self.step, "hits": self.hits, "R": self.results.R, "online": self.results.online,
-            "cpu_s": self.results.cpu_s, "rng": rng_state()}
+    return {
+        "model": self.model.state_dict(),
+        "opt": self.opt.state_dict() if self.opt else None,
+        "methods": [m.state_dict() for m in self.methods],
+        "done": self.done,
+        "step": self.step,
+        "hits": self.hits,
+        "R": self.results.R,
+        "online": self.results.online,
+        "cpu_s": self.results.cpu_s,
+        "rng": rng_state(),
+    }
 
 
 def load_state_dict(self: Learner, state: dict) -> None:
@@ -540,21 +678,30 @@ def load_state_dict(self: Learner, state: dict) -> None:
     self.model.load_state_dict(state["model"])
     if self.opt: self.opt.load_state_dict(state["opt"])
     for m, s in zip(self.methods, state["methods"], strict=True): m.load_state_dict(s)
-    self.done, self.step, self.hits = state["done"], state["step"], state["hits"].to(self.device)
-    self.results.R, self.results.online, self.results.cpu_s = state["R"], state["online"], state["cpu_s"]
+    self.done = state["done"]
+    self.step = state["step"]
+    self.hits = state["hits"].to(self.device)
+    self.results.R = state["R"]
+    self.results.online = state["online"]
+    self.results.cpu_s = state["cpu_s"]
     set_rng_state(state["rng"])
 
 
-Learner.state_dict, Learner.load_state_dict = state_dict, load_state_dict
+Learner.state_dict = state_dict
+Learner.load_state_dict = load_state_dict
 
 # %% ../nbs/00f_streams.ipynb #70d13ce6
 class Curve(Method):
     "Test accuracy on every context every few steps."
     def __init__(self, every: int = 10): self.every = every
-    def start(self, learner: Learner) -> None: self.steps, self.values = [], []
+    def start(self, learner: Learner) -> None:
+        self.steps = []
+        self.values = []
     def after_step(self, learner: Learner) -> None:
         step = sum(learner.walk.steps[:learner.done]) + learner.step + 1
-        if step % self.every == 0 or step == 1: self.steps.append(step); self.values.append(learner.test())
+        if step % self.every == 0 or step == 1:
+            self.steps.append(step)
+            self.values.append(learner.test())
     def state_dict(self) -> dict: return {"steps": self.steps, "values": self.values}
 
 # %% ../nbs/00f_streams.ipynb #07113b9b
@@ -567,14 +714,24 @@ def forgetting_curves(
 ):
     "The forgetting simulator: accuracy on two halves of the digits while a network is trained."
     from matplotlib.figure import Figure
-    stream = {"task": Stream.task, "domain": Stream.domain, "class": Stream.class_}[scenario](split_stream(load_digits(), 2, seed))
-    curve, together = Curve(5), mode == "interleaved"
+    stream = {"task": Stream.task, "domain": Stream.domain, "class": Stream.class_}[scenario](
+        split_stream(load_digits(), 2, seed)
+    )
+    curve = Curve(5)
+    together = mode == "interleaved"
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed); net = MLP(64, stream.outputs, (hidden,))
-    Learner(net, methods=[curve], seed=seed).fit(stream.joint() if together else stream, steps=2 * steps if together else steps, batch_size=32)
-    fig = Figure(figsize=(6, 2.6), dpi=90, layout="constrained"); ax = fig.subplots()
+        torch.manual_seed(seed)
+        net = MLP(64, stream.outputs, (hidden,))
+    Learner(net, methods=[curve], seed=seed).fit(
+        stream.joint() if together else stream, steps=2 * steps if together else steps, batch_size=32
+    )
+    fig = Figure(figsize=(6, 2.6), dpi=90, layout="constrained")
+    ax = fig.subplots()
     for i, (name, line) in enumerate(zip(stream.names, torch.stack(curve.values).T)):
         ax.plot(curve.steps, line, color=f"C{i}", ls=("-", "--")[i], label=f"task {i + 1}: digits {name}")
-    if not together: ax.axvline(steps, color="gray", lw=1); ax.text(steps, 1.03, " task boundary", fontsize=8, color="gray")
-    ax.set(xlabel="step", ylabel="test accuracy", ylim=(-0.03, 1.12), title=f"{mode}, {scenario}-incremental"); ax.legend(fontsize=7, loc="center right")
+    if not together:
+        ax.axvline(steps, color="gray", lw=1)
+        ax.text(steps, 1.03, " task boundary", fontsize=8, color="gray")
+    ax.set(xlabel="step", ylabel="test accuracy", ylim=(-0.03, 1.12), title=f"{mode}, {scenario}-incremental")
+    ax.legend(fontsize=7, loc="center right")
     return fig

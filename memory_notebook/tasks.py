@@ -78,7 +78,8 @@ def copy(
 ) -> TaskBatch:
     "Hear a string, then say it. Graves et al. 2014, section 4.1."
     n = _sizes(batch_size, length, ragged, generator, "length")
-    most = int(n.max()); T = 2 * most + 1
+    most = int(n.max())
+    T = 2 * most + 1
     bits = _bits(batch_size, most, width, generator=generator)
     heard, _ = _place(bits, torch.zeros_like(n), n, T)
     flag = (torch.arange(T, device=n.device) == n).unsqueeze(-1)
@@ -96,15 +97,20 @@ def repeat_copy(
     generator: torch.Generator | None = None,  # its device is the batch's
 ) -> TaskBatch:
     "Hear a string and a number, say the string so often, and mark the end. Graves et al. 2014, section 4.2."
-    if most_repeats < 2: raise ValueError(f"most_repeats is {most_repeats}: expected at least 2, a range that has a variance")
-    n, r = _sizes(batch_size, length, ragged, generator, "length"), _sizes(batch_size, repeats, ragged, generator, "repeats")
+    if most_repeats < 2:
+        raise ValueError(f"most_repeats is {most_repeats}: expected at least 2, a range that has a variance")
+    n = _sizes(batch_size, length, ragged, generator, "length")
+    r = _sizes(batch_size, repeats, ragged, generator, "repeats")
     T = int((n + n * r).max()) + 2
     bits = _bits(batch_size, int(n.max()), width, generator=generator)
     heard, _ = _place(bits, torch.zeros_like(n), n, T)
     said, saying = _place(bits, n + 1, n * r, T, period=n)
-    t = torch.arange(T, device=n.device); flag, end = (t == n).unsqueeze(-1), (t == n + n * r + 1).unsqueeze(-1)
+    t = torch.arange(T, device=n.device)
+    flag = (t == n).unsqueeze(-1)
+    end = (t == n + n * r + 1).unsqueeze(-1)
     number = ((r - (most_repeats + 1) / 2) / math.sqrt((most_repeats ** 2 - 1) / 12)).unsqueeze(-1)
-    x, y = torch.cat([heard, flag, flag * number], -1), torch.cat([said, end], -1)
+    x = torch.cat([heard, flag, flag * number], -1)
+    y = torch.cat([said, end], -1)
     return TaskBatch(x, y, saying | end.squeeze(-1), (n + n * r + 2).squeeze(-1))
 
 # %% ../nbs/00e_tasks.ipynb #7066eed1
@@ -118,18 +124,25 @@ def associative_recall(
 ) -> TaskBatch:
     "See items, then one of them again: what came after it? Graves et al. 2014, section 4.3."
     n = _sizes(batch_size, items, ragged, generator, "items", least=2)
-    most, m = int(n.max()), item_length + 1; T, zero = m * (most + 2), torch.zeros_like(n)
+    most = int(n.max())
+    m = item_length + 1
+    T = m * (most + 2)
+    zero = torch.zeros_like(n)
     bits = _bits(batch_size, most, item_length, width, generator=generator)
     asked = (torch.rand(batch_size, 1, generator=generator, device=n.device) * (n - 1)).long()  # never the last
     pick = lambda i: torch.take_along_dim(bits, i.view(-1, 1, 1, 1), 1).squeeze(1)
-    shown = F.pad(bits, (0, 2, 1, 0)); shown[:, :, 0, width] = 1  # (b, items, 1 + item_length, width + 2)
-    query = F.pad(pick(asked), (0, 2, 1, 1)); query[:, [0, -1], width + 1] = 1
+    shown = F.pad(bits, (0, 2, 1, 0))
+    shown[:, :, 0, width] = 1  # (b, items, 1 + item_length, width + 2)
+    query = F.pad(pick(asked), (0, 2, 1, 1))
+    query[:, [0, -1], width + 1] = 1
     x = _place(shown.flatten(1, 2), zero, m * n, T)[0] + _place(query, m * n, zero + m + 1, T)[0]
     y, mask = _place(pick(asked + 1), m * n + m + 1, zero + item_length, T)
     return TaskBatch(x, y, mask, (m * (n + 2)).squeeze(-1))
 
 # %% ../nbs/00e_tasks.ipynb #4116954d
-def _contexts(bits: Tensor, order: int) -> Tensor:  # (b, t) bits -> (b, t) number formed by the `order` bits before each step
+def _contexts(
+    bits: Tensor, order: int
+) -> Tensor:  # (b, t) bits -> (b, t) number formed by the `order` bits before each step
     "The pattern that precedes each bit; bits before the first count as 0."
     before = F.pad(bits.long(), (order, 0))[:, :-1].unfold(1, order, 1)  # (b, t, order)
     return (before * 2 ** torch.arange(order - 1, -1, -1, device=bits.device)).sum(-1)
@@ -143,10 +156,15 @@ def ngram(
 ) -> TaskBatch:  # extra: (b, 2**order) the bias of every coin
     "Predict the next bit of a source that is new in every sequence. Graves et al. 2014, section 4.4."
     if batch_size < 1 or not 1 <= order <= 16 or length <= order:
-        raise ValueError(f"batch_size {batch_size}, order {order}, length {length}: expected at least 1, 1 to 16, and more than order")
+        raise ValueError(
+            f"batch_size {batch_size}, order {order}, length {length}: expected at least 1, 1 to 16, and more than "
+            "order"
+        )
     draw = lambda *s: torch.rand(*s, generator=generator, device=_device(generator))
-    coins, u = (math.pi / 2 * draw(batch_size, 2 ** order)).sin().square(), draw(length, batch_size, 1)
-    bits, context = (u < .5).long(), torch.zeros(batch_size, 1, dtype=torch.long, device=u.device)
+    coins = (math.pi / 2 * draw(batch_size, 2 ** order)).sin().square()
+    u = draw(length, batch_size, 1)
+    bits = (u < .5).long()
+    context = torch.zeros(batch_size, 1, dtype=torch.long, device=u.device)
     for t in range(length):
         if t >= order: bits[t] = u[t] < coins.gather(1, context)
         context = (2 * context + bits[t]) % 2 ** order
@@ -165,8 +183,10 @@ def optimal_ngram(
     context = _contexts(bits, order)
     seen = F.one_hot(context, 2 ** order).to(bits)  # (b, t, 2**order)
     seen[:, :order] = 0  # the first bits are fair coins and tell nothing
-    before = lambda v: (v.cumsum(1) - v).gather(2, context.unsqueeze(-1))  # counts of the present pattern, this step not included
-    ones, total = before(seen * bits.unsqueeze(-1)), before(seen)
+    # counts of the present pattern, this step not included
+    before = lambda v: (v.cumsum(1) - v).gather(2, context.unsqueeze(-1))
+    ones = before(seen * bits.unsqueeze(-1))
+    total = before(seen)
     guess = (ones + prior) / (total + 2 * prior)
     guess[:, :order] = .5
     return guess
@@ -183,7 +203,9 @@ def priority_sort(
     "See vectors with priorities, then say the highest ones in order. Graves et al. 2014, section 4.5."
     if not 0 < share <= 1: raise ValueError(f"share is {share}: expected more than 0 and at most 1")
     n = _sizes(batch_size, items, ragged, generator, "items")
-    top = (share * n).round().long().clamp_min(1); most, T = int(n.max()), int((n + top).max()) + 1
+    top = (share * n).round().long().clamp_min(1)
+    most = int(n.max())
+    T = int((n + top).max()) + 1
     bits = _bits(batch_size, most, width, generator=generator)
     priority = 2 * torch.rand(batch_size, most, 1, generator=generator, device=n.device) - 1
     there = (torch.arange(most, device=n.device) < n).unsqueeze(-1)
@@ -203,16 +225,28 @@ def copy_stream(
     generator: torch.Generator | None = None,  # its device is the batch's
 ) -> TaskBatch:
     "Copy one string after the other, without a new beginning. After Graves et al. 2016, extended data, figure 1."
-    many = _sizes(batch_size, strings, ragged, generator, "strings"); E = int(many.max())
+    many = _sizes(batch_size, strings, ragged, generator, "strings")
+    E = int(many.max())
     n = torch.cat([_sizes(batch_size, length, ragged, generator, "length") for _ in range(E)], 1)  # (b, strings)
     ends = ((2 * n + 1) * (torch.arange(E, device=n.device) < many)).cumsum(1)
-    T, most = int(ends.max()), int(n.max()); t = torch.arange(T, device=n.device).expand(batch_size, T).contiguous()
-    inside, i = t < ends[:, -1:], torch.searchsorted(ends, t, right=True).clamp_max(E - 1)  # which string
-    at = t - F.pad(ends, (1, 0)).gather(1, i); size = n.gather(1, i)  # step within the episode, and length of its string
+    T = int(ends.max())
+    most = int(n.max())
+    t = torch.arange(T, device=n.device).expand(batch_size, T).contiguous()
+    inside = t < ends[:, -1:]
+    i = torch.searchsorted(ends, t, right=True).clamp_max(E - 1)  # which string
+    at = t - F.pad(ends, (1, 0)).gather(1, i)
+    size = n.gather(1, i)  # step within the episode, and length of its string
     bits = _bits(batch_size, E * most, width, generator=generator)
-    rows = torch.take_along_dim(bits, (i * most + torch.where(at < size, at, at - size - 1).clamp(0, most - 1)).unsqueeze(-1), 1)
+    rows = torch.take_along_dim(
+        bits, (i * most + torch.where(at < size, at, at - size - 1).clamp(0, most - 1)).unsqueeze(-1), 1
+    )
     where = lambda v: (v & inside).unsqueeze(-1)
-    return TaskBatch(torch.cat([rows * where(at < size), where(at == size)], -1), rows * where(at > size), inside & (at > size), ends[:, -1])
+    return TaskBatch(
+        torch.cat([rows * where(at < size), where(at == size)], -1),
+        rows * where(at > size),
+        inside & (at > size),
+        ends[:, -1],
+    )
 
 # %% ../nbs/00e_tasks.ipynb #28f3b3d8
 def traversal(
@@ -226,20 +260,39 @@ def traversal(
 ) -> TaskBatch:
     "Hear the edges of a graph, then follow some of them from a node. After Graves et al. 2016."
     if kinds < 1 or max((nodes,) if isinstance(nodes, int) else nodes) > names:
-        raise ValueError(f"nodes {nodes}, kinds {kinds}: expected at most {names} nodes, as many as there are names, and at least one kind")
+        raise ValueError(
+            f"nodes {nodes}, kinds {kinds}: expected at most {names} nodes, as many as there are names, and at least "
+            "one kind"
+        )
     n, h = (_sizes(batch_size, v, ragged, generator, k) for v, k in ((nodes, "nodes"), (hops, "hops")))
-    E, H = int(n.max()) * kinds, int(h.max())
+    E = int(n.max()) * kinds
+    H = int(h.max())
     draw = lambda *shape: torch.rand(batch_size, *shape, generator=generator, device=n.device)
-    edge, b = torch.arange(E, device=n.device).expand(batch_size, E), torch.arange(batch_size, device=n.device)
-    to, start, follow, name = (draw(E) * n).long(), (draw() * n[:, 0]).long(), (draw(H) * kinds).long(), draw(names).argsort(1)
+    edge = torch.arange(E, device=n.device).expand(batch_size, E)
+    b = torch.arange(batch_size, device=n.device)
+    to = (draw(E) * n).long()
+    start = (draw() * n[:, 0]).long()
+    follow = (draw(H) * kinds).long()
+    name = draw(names).argsort(1)
     order = draw(E).masked_fill(edge >= n * kinds, 2).argsort(1)  # edges of nodes that are not there come last
     path = [start]
     for kind in follow.unbind(1): path.append(to[b, path[-1] * kinds + kind])
-    path = name.gather(1, torch.stack(path, 1)); hot = lambda v, size: F.one_hot(v, size).float()
-    edges = torch.cat([hot(name.gather(1, order // kinds), names), hot(order % kinds, kinds), hot(name.gather(1, to.gather(1, order)), names)], -1)
-    asked = F.pad(hot(follow, kinds), (names, names)); asked[:, 0, :names] = hot(path[:, 0], names)
-    T = int((n * kinds + h).max()); told, _ = _place(edges, torch.zeros_like(n), n * kinds, T)
-    question, mask = _place(asked, n * kinds, h, T); y, _ = _place(hot(path[:, 1:], names), n * kinds, h, T)
+    path = name.gather(1, torch.stack(path, 1))
+    hot = lambda v, size: F.one_hot(v, size).float()
+    edges = torch.cat(
+        [
+            hot(name.gather(1, order // kinds), names),
+            hot(order % kinds, kinds),
+            hot(name.gather(1, to.gather(1, order)), names),
+        ],
+        -1,
+    )
+    asked = F.pad(hot(follow, kinds), (names, names))
+    asked[:, 0, :names] = hot(path[:, 0], names)
+    T = int((n * kinds + h).max())
+    told, _ = _place(edges, torch.zeros_like(n), n * kinds, T)
+    question, mask = _place(asked, n * kinds, h, T)
+    y, _ = _place(hot(path[:, 1:], names), n * kinds, h, T)
     return TaskBatch(torch.cat([told + question, mask.unsqueeze(-1)], -1), y, mask, (n * kinds + h).squeeze(-1))
 
 # %% ../nbs/00e_tasks.ipynb #5b2d584c
@@ -289,7 +342,9 @@ class Task(NamedTuple):
         **options: Any,  # further arguments of the task
     ) -> TaskBatch:
         "A batch of the training sizes, or of another size."
-        return self.make(batch_size, **{self.size: self.train if size is None else size}, generator=generator, **options)
+        return self.make(
+            batch_size, **{self.size: self.train if size is None else size}, generator=generator, **options
+        )
 
 # %% ../nbs/00e_tasks.ipynb #649abb32
 TASKS: dict[str, Task] = {
@@ -318,15 +373,23 @@ def show_task(
 ):
     "Input, target and output of one sequence as strips, as in the figures of Graves et al. 2014."
     from matplotlib.figure import Figure
-    n = int(batch.steps[i]); asked = batch.mask[i, :n].unsqueeze(-1)
+    n = int(batch.steps[i])
+    asked = batch.mask[i, :n].unsqueeze(-1)
     answer = lambda v: v[i, :n].detach().float().where(asked, torch.nan).T.cpu()
-    strips = {"input": batch.x[i, :n].T.cpu(), "target": answer(batch.y)} | ({} if output is None else {"output": answer(output)})
+    strips = {"input": batch.x[i, :n].T.cpu(), "target": answer(batch.y)} | (
+        {} if output is None else {"output": answer(output)}
+    )
     rows = [v.shape[0] for v in strips.values()]
     fig = Figure(figsize=(width, .6 + .1 * sum(rows) + .15 * len(rows)), dpi=90, layout="constrained")
-    for ax, (name, v) in zip(fig.subplots(len(rows), 1, height_ratios=rows, sharex=True, squeeze=False)[:, 0], strips.items()):
+    for ax, (name, v) in zip(
+        fig.subplots(len(rows), 1, height_ratios=rows, sharex=True, squeeze=False)[:, 0], strips.items()
+    ):
         ax.imshow(v, aspect="auto", cmap="PuOr", vmin=-1, vmax=1, interpolation="nearest")
-        ax.set(yticks=[], facecolor="#D9D9D9"); ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-    ax.set_xlabel("step", fontsize=8); ax.tick_params(labelsize=7); fig.suptitle(title, fontsize=9)
+        ax.set(yticks=[], facecolor="#D9D9D9")
+        ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+    ax.set_xlabel("step", fontsize=8)
+    ax.tick_params(labelsize=7)
+    fig.suptitle(title, fontsize=9)
     return fig
 
 # %% ../nbs/00e_tasks.ipynb #7b631ac7
@@ -340,11 +403,19 @@ class Curriculum:
         step: int = 1,  # it grows by this
         factor: float = 1.0,  # and to this multiple
     ):
-        self.low, self.high, self.level = low, high, low if start is None else start
+        self.low = low
+        self.high = high
+        self.level = low if start is None else start
         if not 1 <= low <= self.level <= high or window < 1 or step < 0 or factor < 1 or (step == 0 and factor == 1):
-            raise ValueError(f"low {low}, start {self.level}, high {high}, window {window}, step {step}, factor {factor}: "
-                             "expected 1 <= low <= start <= high, window >= 1, and a step or a factor that makes it grow")
-        self.threshold, self.window, self.step, self.factor, self.recent = threshold, window, step, factor, []
+            raise ValueError(
+                f"low {low}, start {self.level}, high {high}, window {window}, step {step}, factor {factor}: "
+                "expected 1 <= low <= start <= high, window >= 1, and a step or a factor that makes it grow"
+            )
+        self.threshold = threshold
+        self.window = window
+        self.step = step
+        self.factor = factor
+        self.recent = []
 
     @property
     def size(self) -> tuple[int, int]:
@@ -354,9 +425,17 @@ class Curriculum:
     def update(self, bits: float) -> bool:
         "Report the mean cost of a batch. True if the largest size grew."
         self.recent = [*self.recent, float(bits)][-self.window:]
-        if self.level == self.high or len(self.recent) < self.window or sum(self.recent) / self.window >= self.threshold: return False
-        self.level, self.recent = min(self.high, max(self.level + self.step, int(self.level * self.factor))), []
+        if (
+            self.level == self.high
+            or len(self.recent) < self.window
+            or sum(self.recent) / self.window >= self.threshold
+        ):
+            return False
+        self.level = min(self.high, max(self.level + self.step, int(self.level * self.factor)))
+        self.recent = []
         return True
 
     def state_dict(self) -> dict: return {"level": self.level, "recent": self.recent}
-    def load_state_dict(self, state: dict) -> None: self.level, self.recent = state["level"], list(state["recent"])
+    def load_state_dict(self, state: dict) -> None:
+        self.level = state["level"]
+        self.recent = list(state["recent"])

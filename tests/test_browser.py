@@ -33,7 +33,8 @@ def browser():
     "A headless Chromium."
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-    quiet = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+    quiet = ("--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update "
+             "--disable-sync")
     with sync_api.sync_playwright() as p:
         path = found or p.chromium.executable_path
         if not os.path.exists(path): pytest.skip("no Chromium: install it, or run `playwright install chromium`")
@@ -45,12 +46,16 @@ def browser():
 @pytest.fixture(scope="module")
 def cdn(request):
     "The files that a docs page loads from a CDN, out of npm packages: name/path -> bytes."
-    folder, files = request.config.cache.mkdir("npm"), {}
+    folder = request.config.cache.mkdir("npm")
+    files = {}
     for name, spec in PACKAGES.items():
         archive = folder / (spec.lstrip("@").replace("/", "-").replace("@", "-") + ".tgz")  # as npm names it
         if not archive.exists():
             if not shutil.which("npm"): pytest.skip("npm is not installed")
-            try: subprocess.run(["npm", "pack", "--silent", spec], cwd=folder, check=True, capture_output=True, timeout=60)
+            try:
+                subprocess.run(
+                    ["npm", "pack", "--silent", spec], cwd=folder, check=True, capture_output=True, timeout=60
+                )
             except (subprocess.SubprocessError, OSError): pytest.skip(f"npm cannot fetch {spec}: no network?")
         with tarfile.open(archive) as tar:
             files |= {f"{name}/{m.name.partition('/')[2]}": tar.extractfile(m).read() for m in tar if m.isfile()}
@@ -73,7 +78,8 @@ def docs_page(nb: dict) -> str:
 
 def open_static(browser, cdn, nb: dict):
     "Open a docs page with no kernel and no network behind it: what the CDN would serve comes from the npm packages."
-    page, errors = browser.new_page(viewport={"width": 800, "height": 900}), []
+    page = browser.new_page(viewport={"width": 800, "height": 900})
+    errors = []
 
     def serve(route):
         url = route.request.url
@@ -101,7 +107,8 @@ def wait_alt(page, view: str, start: str) -> None:
 
 def run_cells(*sources: str) -> dict:
     "A notebook with these cells, run, its widget state saved."
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in sources])
     nbclient.NotebookClient(nb, timeout=WAIT / 1000, kernel_name="python3", store_widget_state=True).execute()
     return nb
@@ -113,25 +120,36 @@ def run_cells(*sources: str) -> dict:
 def test_static_view_answers_without_a_kernel(browser, cdn):
     "The chapter's static view follows the keyboard, the mouse and the Play button; its live view keeps its note and does not follow."
     page, errors = open_static(browser, cdn, json.loads(CHAPTER.read_text(encoding="utf-8")))
-    live, static = "#view0", "#view1"
+    live = "#view0"
+    static = "#view1"
     wait_alt(page, static, "Strength 1, exponent 1:")
     strength, gamma = page.locator(f"{static} [role=slider]").all()
 
-    strength.focus(); page.keyboard.press("ArrowRight"); wait_alt(page, static, "Strength 5, exponent 1:")
-    gamma.focus(); page.keyboard.press("End"); wait_alt(page, static, "Strength 5, exponent 4:")  # the other control keeps its place
+    strength.focus()
+    page.keyboard.press("ArrowRight")
+    wait_alt(page, static, "Strength 5, exponent 1:")
+    gamma.focus()
+    page.keyboard.press("End")
+    wait_alt(page, static, "Strength 5, exponent 4:")  # the other control keeps its place
 
-    strength.hover(); page.mouse.down()
+    strength.hover()
+    page.mouse.down()
     track = page.locator(f"{static} .noUi-target").first.bounding_box()
-    page.mouse.move(track["x"] + track["width"], track["y"], steps=8); page.mouse.up()
+    page.mouse.move(track["x"] + track["width"], track["y"], steps=8)
+    page.mouse.up()
     wait_alt(page, static, "Strength 60, exponent 4:")
 
-    strength.focus(); page.keyboard.press("Home"); wait_alt(page, static, "Strength 1, exponent 4:")  # nothing has played by itself
-    page.locator(f"{static} button").first.click(); wait_alt(page, static, "Strength 60, exponent 4:")
+    strength.focus()
+    page.keyboard.press("Home")
+    wait_alt(page, static, "Strength 1, exponent 4:")  # nothing has played by itself
+    page.locator(f"{static} button").first.click()
+    wait_alt(page, static, "Strength 60, exponent 4:")
     for label in ("strength β", "sharpening γ", "Play through strength β:"):
         assert page.locator(static).get_by_text(label, exact=True).is_visible()
 
     slider = page.locator(f"{live} [role=slider]").first
-    slider.focus(); page.keyboard.press("End")
+    slider.focus()
+    page.keyboard.press("End")
     assert slider.get_attribute("aria-valuenow") == "60.0"
     wait_alt(page, live, "Strength 20, exponent 2:")
     assert page.get_by_text("This view needs a kernel").is_visible()
@@ -152,11 +170,14 @@ slider, square = ipywidgets.IntSlider(max=3, description="n"), Square()
 ipywidgets.jslink((slider, "value"), (square, "n"))
 ipywidgets.VBox([slider, square])''')
     page, errors = open_static(browser, cdn, nb)
-    page.get_by_text("page one").wait_for(); assert not page.get_by_text("page two").is_visible()
+    page.get_by_text("page one").wait_for()
+    assert not page.get_by_text("page two").is_visible()
     page.get_by_role("button", name="two").click()
-    page.get_by_text("page two").wait_for(); assert not page.get_by_text("page one").is_visible()
+    page.get_by_text("page two").wait_for()
+    assert not page.get_by_text("page one").is_visible()
     page.get_by_text("square 0").wait_for()
-    page.locator("#view1 [role=slider]").focus(); page.keyboard.press("End")
+    page.locator("#view1 [role=slider]").focus()
+    page.keyboard.press("End")
     page.get_by_text("square 9").wait_for()
     assert not errors
 
@@ -172,7 +193,9 @@ def test_saved_widgets_are_drawn(browser, cdn, path):
     "Every widget that a chapter shows can be built from what was saved, and every image in it has loaded and has an alternative text."
     page, errors = open_static(browser, cdn, json.loads(path.read_text(encoding="utf-8")))
     for view in page.locator("[id^=view]").all(): view.locator(".jupyter-widgets").first.wait_for()
-    page.wait_for_function("() => [...document.images].filter(i => i.offsetParent).every(i => i.complete && i.naturalWidth && i.alt)")
+    page.wait_for_function(
+        "() => [...document.images].filter(i => i.offsetParent).every(i => i.complete && i.naturalWidth && i.alt)"
+    )
     assert not errors
 
 
@@ -183,20 +206,48 @@ def test_saved_widgets_are_drawn(browser, cdn, path):
 def lab(tmp_path):
     "JupyterLab on a free port, in an empty folder with its own settings. Yields its folder and address."
     pytest.importorskip("jupyterlab", reason="JupyterLab is not installed")
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    (home := tmp_path / "home").mkdir(); (work := tmp_path / "work").mkdir()
-    env = os.environ | {"IN_TEST": "1", "OMP_NUM_THREADS": "1", "JUPYTER_CONFIG_DIR": str(home), "JUPYTER_DATA_DIR": str(home),
-                        "JUPYTER_RUNTIME_DIR": str(home), "JUPYTERLAB_SETTINGS_DIR": str(home), "JUPYTERLAB_WORKSPACES_DIR": str(home),
-                        "PYTHONPATH": str(ROOT), "IPYTHONDIR": str(home)}  # IN_TEST: the last cell of a chapter does not export
-    options = {"ServerApp.ip": "127.0.0.1", "ServerApp.port": port, "ServerApp.port_retries": 0, "IdentityProvider.token": "test",
-               "ServerApp.root_dir": work, "ServerApp.open_browser": False, "ServerApp.allow_root": True, "LabApp.expose_app_in_browser": True}
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    (home := tmp_path / "home").mkdir()
+    (work := tmp_path / "work").mkdir()
+    env = os.environ | {
+        "IN_TEST": "1",
+        "OMP_NUM_THREADS": "1",
+        "JUPYTER_CONFIG_DIR": str(home),
+        "JUPYTER_DATA_DIR": str(home),
+        "JUPYTER_RUNTIME_DIR": str(home),
+        "JUPYTERLAB_SETTINGS_DIR": str(home),
+        "JUPYTERLAB_WORKSPACES_DIR": str(home),
+        # IN_TEST: the last cell of a chapter does not export
+        "PYTHONPATH": str(ROOT),
+        "IPYTHONDIR": str(home),
+    }
+    options = {
+        "ServerApp.ip": "127.0.0.1",
+        "ServerApp.port": port,
+        "ServerApp.port_retries": 0,
+        "IdentityProvider.token": "test",
+        "ServerApp.root_dir": work,
+        "ServerApp.open_browser": False,
+        "ServerApp.allow_root": True,
+        "LabApp.expose_app_in_browser": True,
+    }
     with open(tmp_path / "lab.log", "w") as log:
-        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *(f"--{k}={v}" for k, v in options.items())], cwd=work, env=env,
-                                  stdout=log, stderr=log)
-    address, end = f"http://127.0.0.1:{port}", time.monotonic() + WAIT / 1000
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", *(f"--{k}={v}" for k, v in options.items())],
+            cwd=work,
+            env=env,
+            stdout=log,
+            stderr=log,
+        )
+    address = f"http://127.0.0.1:{port}"
+    end = time.monotonic() + WAIT / 1000
     try:
         while True:
-            try: urllib.request.urlopen(f"{address}/api?token=test", timeout=5); break
+            try:
+                urllib.request.urlopen(f"{address}/api?token=test", timeout=5)
+                break
             except OSError:
                 assert server.poll() is None and time.monotonic() < end, (tmp_path / "lab.log").read_text()[-2000:]
                 time.sleep(.2)
@@ -211,7 +262,8 @@ def test_chapter_runs_in_jupyterlab(browser, lab, tmp_path):
     "Run All shows no error; then both views follow the keyboard, the live one through the kernel."
     work, address = lab
     shutil.copy(CHAPTER, work)
-    page = browser.new_page(viewport={"width": 1100, "height": 1000}); page.set_default_timeout(WAIT)
+    page = browser.new_page(viewport={"width": 1100, "height": 1000})
+    page.set_default_timeout(WAIT)
     page.goto(f"{address}/lab/tree/{CHAPTER.name}?token=test")
     page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.context?.isReady"
                            " && window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status == 'idle'")
@@ -228,6 +280,7 @@ def test_chapter_runs_in_jupyterlab(browser, lab, tmp_path):
                          book.activeCellIndex = i; return book.scrollToItem(i) }""", i)
         cell = f".jp-Cell[data-windowed-list-index='{i}']"
         wait_alt(page, cell, before)
-        page.locator(f"{cell} [role=slider]").first.focus(); page.keyboard.press("ArrowRight")
+        page.locator(f"{cell} [role=slider]").first.focus()
+        page.keyboard.press("ArrowRight")
         wait_alt(page, cell, after)
         page.screenshot(path=tmp_path / f"cell{i}.png")

@@ -23,9 +23,15 @@ def heed_interrupts() -> None:
 
 def start(*args, **env) -> subprocess.Popen:
     clean = {k: v for k, v in os.environ.items() if k != "MEMORY_NOTEBOOK_DEBUG"}
-    return subprocess.Popen([sys.executable, "-m", "memory_notebook.experiments", *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, encoding="utf-8", env=clean | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"} | env,
-                            preexec_fn=heed_interrupts if os.name == "posix" else None)
+    return subprocess.Popen(
+        [sys.executable, "-m", "memory_notebook.experiments", *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        env=clean | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"} | env,
+        preexec_fn=heed_interrupts if os.name == "posix" else None,
+    )
 
 
 def shell(*args, **env) -> tuple[int, str, str]:
@@ -59,12 +65,19 @@ def test_console_script():
     script = Path(sys.executable).with_name("memory_notebook")
     if not script.exists(): pytest.skip("the package is not installed beside this Python")
     done = subprocess.run([script, "--version"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"memory_notebook {experiments.memory_notebook.__version__}\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        0,
+        f"memory_notebook {experiments.memory_notebook.__version__}\n",
+        "",
+    )
 
 
 def test_list_is_light():
-    code = ("import sys, memory_notebook.experiments as e; assert e.main(['list', '--json']) == e.main(['list']) == e.main(['run', '--help']) == 0; "
-            "assert not {'torch', 'numpy', 'matplotlib', 'sklearn'} & set(sys.modules), 'heavy'")
+    code = (
+        "import sys, memory_notebook.experiments as e; assert e.main(['list', '--json']) == e.main(['list']) == "
+        "e.main(['run', '--help']) == 0; "
+        "assert not {'torch', 'numpy', 'matplotlib', 'sklearn'} & set(sys.modules), 'heavy'"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -78,26 +91,40 @@ def test_list(capsys):
 
 @pytest.mark.parametrize("key", experiments.CHAPTERS)
 def test_table_of_contents_is_true(key):
-    exp, chapter = experiments.load(key), experiments.CHAPTERS[key]
-    assert (f"{exp.kind}:{exp.name}", exp.help, exp.fn.__module__) == (key, chapter.help, f"memory_notebook{chapter.module}")
+    exp = experiments.load(key)
+    chapter = experiments.CHAPTERS[key]
+    assert (f"{exp.kind}:{exp.name}", exp.help, exp.fn.__module__) == (
+        key,
+        chapter.help,
+        f"memory_notebook{chapter.module}",
+    )
     assert not chapter.table or callable(getattr(sys.modules[exp.fn.__module__], chapter.table))
     assert all(p.kind is p.KEYWORD_ONLY for p in list(inspect.signature(exp.fn).parameters.values())[1:])
-    assert not set(exp.config()) & {*inspect.signature(experiments.execute).parameters, "name", "log"}, "an option would hide one of the command line"
+    assert not set(exp.config()) & {*inspect.signature(experiments.execute).parameters, "name", "log"}, (
+        "an option would hide one of the command line"
+    )
     assert experiments.command_of(key) is not None
 
 
 def test_every_registered_experiment_is_listed():
     for key in experiments.CHAPTERS: experiments.load(key)
-    from memory_notebook.train import REGISTRY
-    assert {k for k, e in REGISTRY.items() if e.fn.__module__.startswith("memory_notebook.")} == set(experiments.CHAPTERS)
+    from memory_notebook.runs import REGISTRY
+    assert {k for k, e in REGISTRY.items() if e.fn.__module__.startswith("memory_notebook.")} == set(
+        experiments.CHAPTERS
+    )
 
 
 def test_run(undisturbed):
     result, folder, err = undisturbed
     assert list(result) == ["experiment", "config", "seeds", "metrics", "versions", "commit", "machine", "wall_s"]
     assert (result["experiment"], result["seeds"], result["config"]["epochs"]) == ("agent", [0], 3)
-    assert json.loads((folder / "result.json").read_text()) == result and (folder / "agent.png").read_bytes()[:4] == b"\x89PNG"
-    assert {"forgetting_reduction", "agent.forgetting", "naive.forgetting", "agent.acc", "naive.acc"} <= set(result["metrics"])
+    assert (
+        json.loads((folder / "result.json").read_text()) == result
+        and (folder / "agent.png").read_bytes()[:4] == b"\x89PNG"
+    )
+    assert {"forgetting_reduction", "agent.forgetting", "naive.forgetting", "agent.acc", "naive.acc"} <= set(
+        result["metrics"]
+    )
     assert "naive-0: " in err and err.endswith(f"results in {folder}\n")
     table = experiments.report("experiment:agent", result, folder)
     assert "forgetting_reduction" in table and table.endswith(f"{folder}: agent.png, result.json")
@@ -126,21 +153,26 @@ def test_folder_that_cannot_be_written(tmp_path):
 
 def test_corrupt_data(tmp_path):
     (tmp_path / "mnist").mkdir()
-    file = tmp_path / "mnist" / "train-images-idx3-ubyte.gz"; file.write_bytes(gzip.compress(bytes(range(256)) * 99)[:200])
-    message = one_line(1, "run", "agent", "--data", "mnist", "--out", tmp_path / "runs", MEMORY_NOTEBOOK_DATA=str(tmp_path))
+    file = tmp_path / "mnist" / "train-images-idx3-ubyte.gz"
+    file.write_bytes(gzip.compress(bytes(range(256)) * 99)[:200])
+    message = one_line(
+        1, "run", "agent", "--data", "mnist", "--out", tmp_path / "runs", MEMORY_NOTEBOOK_DATA=str(tmp_path)
+    )
     assert str(file) in message and "expected md5:f68b3c2d" in message and "Delete it and run again" in message
 
 
 def wait_for(process: subprocess.Popen, units: Path, count: int) -> None:
     "Until so many units of the run are stored."
     deadline = time.time() + 120
-    while len(list(units.glob("*/units/*.json"))) < count and process.poll() is None and time.time() < deadline: time.sleep(.005)
+    while len(list(units.glob("*/units/*.json"))) < count and process.poll() is None and time.time() < deadline:
+        time.sleep(.005)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_interrupted_killed_and_resumed(undisturbed, tmp_path):
     first = start(*TINY, "--out", tmp_path)
-    for count in (2, 4, 6):  # Python drops an interrupt that falls into a finalizer; if the run goes on, press Ctrl-C again
+    # Python drops an interrupt that falls into a finalizer; if the run goes on, press Ctrl-C again
+    for count in (2, 4, 6):
         wait_for(first, tmp_path / "agent", count)
         if first.poll() is None: first.send_signal(signal.SIGINT)
     out, err = first.communicate(timeout=60)
@@ -149,7 +181,10 @@ def test_interrupted_killed_and_resumed(undisturbed, tmp_path):
     assert last.startswith("memory_notebook: stopped; ") and last.endswith("--resume") and f"--out {tmp_path}" in last
 
     second = start(*TINY, "--out", tmp_path, "--resume")
-    wait_for(second, tmp_path / "agent", 5); time.sleep(.05); second.kill(); second.communicate()
+    wait_for(second, tmp_path / "agent", 5)
+    time.sleep(.05)
+    second.kill()
+    second.communicate()
     assert second.returncode == -signal.SIGKILL and not list(tmp_path.glob("agent/*/result.json"))
 
     code, out, err = shell(*TINY, "--out", tmp_path, "--resume")
@@ -158,13 +193,24 @@ def test_interrupted_killed_and_resumed(undisturbed, tmp_path):
 
 
 def test_data(capsys):
-    assert experiments.main(["data", "digits", "--json"]) == 0 and json.loads(capsys.readouterr().out)[0]["here"] is True
+    assert (
+        experiments.main(["data", "digits", "--json"]) == 0 and json.loads(capsys.readouterr().out)[0]["here"] is True
+    )
 
 
 def test_chat_memory_remembers_in_another_process(tmp_path):
     command = [sys.executable, "-m", "memory_notebook.experiments", "chat-memory", str(tmp_path / "bank")]
-    say = lambda *lines: subprocess.run(command, input="\n".join(lines) + "\n", capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    say = lambda *lines: subprocess.run(
+        command,
+        input="\n".join(lines) + "\n",
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     first = say("learn Mira Dalwick plays the harp.", "quit")
     assert first.returncode == 0 and "stored" in first.stdout, first.stderr
     second = say("list", "ask Mira Dalwick plays the", "quit")
-    assert second.returncode == 0 and "1 facts" in second.stdout and second.stdout.count("plays the harp") >= 2, second.stdout
+    assert second.returncode == 0 and "1 facts" in second.stdout and second.stdout.count("plays the harp") >= 2, (
+        second.stdout
+    )

@@ -1,5 +1,15 @@
 """Downloads, crashes and folders that cannot be written: what the chapter `00a_data` cannot test within itself."""
-import gzip, hashlib, http.server, os, shutil, signal, subprocess, sys, tempfile, threading, time
+import gzip
+import hashlib
+import http.server
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -24,7 +34,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.path in ("/short", "/slow"): body = body[:len(body) // 2]
         self.wfile.write(body)
         self.wfile.flush()
-        if self.path == "/slow": self.server.halfway.set(); self.server.let_go.wait(20)
+        if self.path == "/slow":
+            self.server.halfway.set()
+            self.server.let_go.wait(20)
 
     def log_message(self, *a): pass
 
@@ -32,10 +44,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    s.asked, s.halfway, s.let_go, s.daemon_threads = [], threading.Event(), threading.Event(), True
+    s.asked = []
+    s.halfway = threading.Event()
+    s.let_go = threading.Event()
+    s.daemon_threads = True
     threading.Thread(target=s.serve_forever, daemon=True).start()
     yield s
-    s.let_go.set(); s.shutdown(); s.server_close()
+    s.let_go.set()
+    s.shutdown()
+    s.server_close()
 
 
 @pytest.fixture
@@ -44,14 +61,20 @@ def demo(server, monkeypatch):
     monkeypatch.delenv("MEMORY_NOTEBOOK_DATA", raising=False)
     def declare(*paths, hashes=(SHA,)):
         urls = tuple(f"http://127.0.0.1:{server.server_port}{p}" for p in paths)
-        monkeypatch.setitem(data.DATASETS, "demo", DataSet("a test", "none", "nobody", 0, {"file": Source("demo/file.gz", urls, hashes)}))
+        monkeypatch.setitem(
+            data.DATASETS,
+            "demo",
+            DataSet("a test", "none", "nobody", 0, {"file": Source("demo/file.gz", urls, hashes)}),
+        )
     return declare
 
 
 def files(folder): return sorted(str(p.relative_to(folder)) for p in Path(folder).rglob("*") if p.is_file())
 
 
-def one_line(error): assert "\n" not in str(error.value) and len(str(error.value)) < 2500; return str(error.value)
+def one_line(error):
+    assert "\n" not in str(error.value) and len(str(error.value)) < 2500
+    return str(error.value)
 
 
 def test_download_then_no_network(demo, server, tmp_path):
@@ -92,7 +115,11 @@ def test_local_copy_never_asks_the_network(demo, server, tmp_path, monkeypatch):
     assert str(tmp_path / "demo" / "file.gz") in message and SHA in message and "unset MEMORY_NOTEBOOK_DATA" in message
     (tmp_path / "demo").mkdir()
     for name, raw in (("file", CONTENT), ("file.gz", PACKED)):
-        monkeypatch.setitem(data.DATASETS["demo"].files, "file", Source("demo/file.gz", (), (SHA, "sha256:" + hashlib.sha256(CONTENT).hexdigest())))
+        monkeypatch.setitem(
+            data.DATASETS["demo"].files,
+            "file",
+            Source("demo/file.gz", (), (SHA, "sha256:" + hashlib.sha256(CONTENT).hexdigest())),
+        )
         (tmp_path / "demo" / name).write_bytes(raw)
         assert fetch("demo", "file") == CONTENT
         (tmp_path / "demo" / name).unlink()
@@ -108,12 +135,16 @@ def test_root_goes_before_the_environment(demo, tmp_path, monkeypatch):
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_kill_in_the_middle_of_a_download(demo, server, tmp_path):
     url = f"http://127.0.0.1:{server.server_port}/slow"
-    code = (f"from memory_notebook import data as d; d.DATASETS['demo'] = d.DataSet('', '', '', 0, {{'file': d.Source('demo/file.gz', ({url!r},), "
-            f"({SHA!r},))}}); d.fetch('demo', 'file', {str(tmp_path)!r})")
+    code = (
+        f"from memory_notebook import data as d; d.DATASETS['demo'] = d.DataSet('', '', '', 0, {{'file': "
+        f"d.Source('demo/file.gz', ({url!r},), "
+        f"({SHA!r},))}}); d.fetch('demo', 'file', {str(tmp_path)!r})"
+    )
     child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     assert server.halfway.wait(60)
     time.sleep(.3)
-    child.kill(); child.wait()
+    child.kill()
+    child.wait()
     assert "demo/file.gz" not in files(tmp_path)
     demo("/good")
     assert fetch("demo", "file", tmp_path) == CONTENT
@@ -128,15 +159,16 @@ def test_cache_below_a_file(demo, tmp_path):
 
 def test_read_only_cache(demo, server):
     demo("/good")
-    folder = tempfile.mkdtemp()                               # tmp_path lies in a folder that only its owner may enter
+    folder = tempfile.mkdtemp()  # tmp_path lies in a folder that only its owner may enter
     os.chmod(folder, 0o555)
     root = hasattr(os, "geteuid") and os.geteuid() == 0
-    if root: os.seteuid(65534)                                # root may write everywhere, nobody may not
+    if root: os.seteuid(65534)  # root may write everywhere, nobody may not
     try:
         with pytest.raises(DataError) as e: fetch("demo", "file", folder)
     finally:
         if root: os.seteuid(0)
-        os.chmod(folder, 0o755); shutil.rmtree(folder)
+        os.chmod(folder, 0o755)
+        shutil.rmtree(folder)
     assert one_line(e).startswith(f"cannot write {folder}") and "PermissionError" in str(e.value) and server.asked == []
 
 
@@ -149,7 +181,8 @@ def test_made_files_survive_a_read_only_cache(tmp_path):
 
 
 def test_web_page_in_place_of_babi(tmp_path):
-    place = tmp_path / "babi" / "tasks_1-20_v1-2.tar.gz"; place.parent.mkdir()
+    place = tmp_path / "babi" / "tasks_1-20_v1-2.tar.gz"
+    place.parent.mkdir()
     place.write_text("<html>moved</html>")
     with pytest.raises(DataError) as e: data.load_babi(1, root=tmp_path)
     assert str(place) in one_line(e) and "no whole zip or tar" in str(e.value)
@@ -171,7 +204,8 @@ def test_damaged_local_file(name, file, load, damage, tmp_path, monkeypatch):
     shutil.copytree(Path(HAVE) / name, tmp_path / name, copy_function=lambda a, b: os.symlink(a, b))
     copy = tmp_path / original.relative_to(HAVE)
     tmp_path.joinpath(name).chmod(0o755)
-    copy.unlink(); copy.write_bytes(damage(original.read_bytes()))
+    copy.unlink()
+    copy.write_bytes(damage(original.read_bytes()))
     monkeypatch.setenv("MEMORY_NOTEBOOK_DATA", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(DataError) as e: load()
@@ -183,5 +217,6 @@ def test_omniglot_without_a_writable_cache(tmp_path, monkeypatch):
     if not data.available("omniglot"): pytest.skip("omniglot is not in MEMORY_NOTEBOOK_DATA")
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match="cannot keep"): part = data._characters("evaluation", 20, data.torch.uint8, None)
+    with pytest.warns(UserWarning, match="cannot keep"):
+        part = data._characters("evaluation", 20, data.torch.uint8, None)
     assert part.images.shape == (659, 20, 20, 20)

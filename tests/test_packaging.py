@@ -72,8 +72,10 @@ for name in {list(MODULES)}: import_module("memory_notebook." + name)""")
 def test_every_module_has_its_notebook_and_every_chapter_its_module():
     notebooks = {p.name: exports(p) for p in sorted(ROOT.glob("nbs/*.ipynb")) if not p.name.startswith("_")}
     made = {module: name for name, module in notebooks.items() if module}
-    edited = {stem: m[1] if (m := re.search(r"File to edit: \.\./nbs/(\S+\.ipynb)", p.read_text(encoding="utf-8"))) else None
-              for stem, p in MODULES.items()}
+    edited = {
+        stem: m[1] if (m := re.search(r"File to edit: \.\./nbs/(\S+\.ipynb)", p.read_text(encoding="utf-8"))) else None
+        for stem, p in MODULES.items()
+    }
     assert edited == made
     assert [name for name, module in notebooks.items() if not module] == ["index.ipynb"]
 
@@ -81,7 +83,8 @@ def test_every_module_has_its_notebook_and_every_chapter_its_module():
 def test_a_module_imports_only_from_chapters_above_it():
     order = {exports(p): p.name for p in ROOT.glob("nbs/*.ipynb") if p.name != "index.ipynb"}
     for stem, path in MODULES.items():
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:  # what a function imports, it imports when it is called
+        # what a function imports, it imports when it is called
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if not isinstance(node, ast.ImportFrom): continue
             if node.level or (node.module or "").startswith("memory_notebook."):
                 target = node.module.removeprefix("memory_notebook.").partition(".")[0]
@@ -122,8 +125,10 @@ def metadata(wheel: Path) -> PathDistribution:
 
 
 def test_the_metadata_is_what_settings_say(wheel, settings):
-    dist, wanted = metadata(wheel), {Requirement(r) for r in settings["requirements"].split()}
-    for extra in EXTRAS: wanted |= {Requirement(f'{r} ; extra == "{extra}"') for r in settings[f"{extra}_requirements"].split()}
+    dist = metadata(wheel)
+    wanted = {Requirement(r) for r in settings["requirements"].split()}
+    for extra in EXTRAS:
+        wanted |= {Requirement(f'{r} ; extra == "{extra}"') for r in settings[f"{extra}_requirements"].split()}
     assert {Requirement(r) for r in dist.requires} == wanted
     assert set(dist.metadata.get_all("Provides-Extra")) == set(EXTRAS)
     assert (dist.metadata["Name"], dist.version) == ("memory_notebook", settings["version"])
@@ -136,7 +141,8 @@ def test_entry_points(where, request):
     points = {(p.group, p.name): p for p in dist.entry_points}
     assert set(points) == {("console_scripts", "memory_notebook"), ("nbdev", "memory_notebook")}
     assert callable(points["console_scripts", "memory_notebook"].load())
-    assert set(points["nbdev", "memory_notebook"].load()) == {"settings", "syms"}  # without it the docs lose their links
+    # without it the docs lose their links
+    assert set(points["nbdev", "memory_notebook"].load()) == {"settings", "syms"}
 
 
 # ---------------------------------------------------------------- pins
@@ -148,10 +154,13 @@ def test_constraints_pin_all_that_settings_name(settings, version):
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
         if line.startswith("#"): continue
         pin = Requirement(line)
-        if pin.marker and not pin.marker.evaluate({"python_version": version, "python_full_version": version + ".9"}): continue
+        if pin.marker and not pin.marker.evaluate({"python_version": version, "python_full_version": version + ".9"}):
+            continue
         (only,) = pin.specifier
         assert only.operator == "==" and pin.name not in pins, line
         pins[canonicalize_name(pin.name)] = only.version
     for key in ("requirements", *(f"{extra}_requirements" for extra in EXTRAS)):
         for need in map(Requirement, settings[key].split()):
-            assert need.specifier.contains(pins[canonicalize_name(need.name)]), f"{need} is not what constraints.txt pins"
+            assert need.specifier.contains(pins[canonicalize_name(need.name)]), (
+                f"{need} is not what constraints.txt pins"
+            )

@@ -30,12 +30,23 @@ fit(net, loader(x, y, batch_size=batch_size, seed=1), optimizer=torch.optim.SGD(
 
 
 def train(path: Path, processes: int, stop: int = -1) -> int:
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
     ranks = []
     for rank in range(processes):
         env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        if processes > 1: env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        ranks.append(subprocess.Popen([sys.executable, "-c", TRAINING, str(path), str(16 // processes), str(stop)], env=env))
+        if processes > 1:
+            env |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+        ranks.append(
+            subprocess.Popen([sys.executable, "-c", TRAINING, str(path), str(16 // processes), str(stop)], env=env)
+        )
     return max(r.wait(timeout=180) for r in ranks)
 
 

@@ -57,7 +57,9 @@ print(hashlib.sha256(bits).hexdigest())
 
 def attempt(path: Path, moment: str) -> subprocess.Popen:
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", TRAINING, str(path), moment], stdout=subprocess.PIPE, text=True, env=env)
+    return subprocess.Popen(
+        [sys.executable, "-c", TRAINING, str(path), moment], stdout=subprocess.PIPE, text=True, env=env
+    )
 
 
 def finish(path: Path) -> str:
@@ -83,9 +85,11 @@ def test_killed_run_ends_with_the_same_bits(moment, undisturbed, tmp_path):
 def test_killed_from_outside_twice(undisturbed, tmp_path):
     path = tmp_path / "a.ckpt"
     for _ in range(2):
-        run, before = attempt(path, "slow"), path.stat().st_mtime_ns if path.exists() else 0
+        run = attempt(path, "slow")
+        before = path.stat().st_mtime_ns if path.exists() else 0
         deadline = time.time() + 60
         while not (path.exists() and path.stat().st_mtime_ns > before) and time.time() < deadline: time.sleep(.005)
-        run.kill(); run.wait()
+        run.kill()
+        run.wait()
         assert run.returncode == -signal.SIGKILL and path.exists()
     assert finish(path) == undisturbed

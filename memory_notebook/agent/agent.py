@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from .controller import MemoryController
-from ..core import check_finite
-from ..data import load_digits, load_mnist
 from .episodic import EpisodicMemory, EpisodicMemoryConfig
 from .meta import MetaLearner
 from .replay import ReplayBuffer
-from ..train import Run, experiment, load_checkpoint, over_seeds, pick_device, save_checkpoint
+from ..core import check_finite
+from ..data import load_digits, load_mnist
+from ..runs import Run, experiment, over_seeds
+from ..train import load_checkpoint, pick_device, save_checkpoint
 
 # %% ../../nbs/04b_agent.ipynb #2f16f92a
 class Task(NamedTuple):
@@ -44,16 +45,22 @@ def make_task(
     dim: int = 64,  # d
 ) -> TensorDataset:  # of x (n, d) and y (n, d); iterate over it for pairs, or take `.tensors`
     "One of the tutorial's synthetic regressions, with data held out for testing."
-    if task_id < 0 or n_samples < 1: raise ValueError(f"task_id {task_id} and n_samples {n_samples}: expected >= 0 and >= 1")
+    if task_id < 0 or n_samples < 1:
+        raise ValueError(f"task_id {task_id} and n_samples {n_samples}: expected >= 0 and >= 1")
     g = torch.Generator().manual_seed((seed * 1000 + task_id) * 2 + (split == "test"))
     x = torch.randn(n_samples, dim, generator=g)
     mean = x.mean(1, keepdim=True).expand(-1, dim)
-    return TensorDataset(x, mean.sin() if task_id == 0 else 0.5 * mean.cos() if task_id == 1 else (x + 0.3 * task_id).tanh())
+    return TensorDataset(
+        x, mean.sin() if task_id == 0 else 0.5 * mean.cos() if task_id == 1 else (x + 0.3 * task_id).tanh()
+    )
 
 # %% ../../nbs/04b_agent.ipynb #f4e293ea
 def synthetic_tasks(seed: int = 0, num_tasks: int = 4, n_train: int = 80, n_test: int = 200) -> list[Task]:
     "The tutorial's stream."
-    return [Task(f"task {i}", *make_task(i, n_train, "train", seed).tensors, *make_task(i, n_test, "test", seed).tensors) for i in range(num_tasks)]
+    return [
+        Task(f"task {i}", *make_task(i, n_train, "train", seed).tensors, *make_task(i, n_test, "test", seed).tensors)
+        for i in range(num_tasks)
+    ]
 
 
 def split_tasks(images: tuple[Tensor, Tensor, Tensor, Tensor], seed: int = 0, per_task: int = 2) -> list[Task]:
@@ -61,16 +68,26 @@ def split_tasks(images: tuple[Tensor, Tensor, Tensor, Tensor], seed: int = 0, pe
     x, y, xt, yt = images
     classes = torch.arange(10) if seed == 0 else torch.randperm(10, generator=torch.Generator().manual_seed(seed))
     pick = lambda x, y, c: (x[m := torch.isin(y, c)].flatten(1), y[m])
-    return [Task(" ".join(map(str, sorted(c.tolist()))), *pick(x, y, c), *pick(xt, yt, c)) for c in classes.split(per_task)]
+    return [
+        Task(" ".join(map(str, sorted(c.tolist()))), *pick(x, y, c), *pick(xt, yt, c)) for c in classes.split(per_task)
+    ]
 
 
-def rebinding_tasks(images: tuple[Tensor, Tensor, Tensor, Tensor], seed: int = 0, num_tasks: int = 120, shots: int = 3) -> list[Task]:
+def rebinding_tasks(
+    images: tuple[Tensor, Tensor, Tensor, Tensor], seed: int = 0, num_tasks: int = 120, shots: int = 3
+) -> list[Task]:
     "Every task deals the ten names anew and shows `shots` pictures of each class."
-    (x, y, xt, yt), g = images, torch.Generator().manual_seed(seed)
-    x, xt, by_class, tasks = x.flatten(1), xt.flatten(1), [(y == c).nonzero()[:, 0] for c in range(10)], []
+    x, y, xt, yt = images
+    g = torch.Generator().manual_seed(seed)
+    x = x.flatten(1)
+    xt = xt.flatten(1)
+    by_class = [(y == c).nonzero()[:, 0] for c in range(10)]
+    tasks = []
     for i in range(num_tasks):
         name = torch.randperm(10, generator=g)
-        shown = torch.cat([torch.stack([rows[torch.randint(len(rows), (), generator=g)] for rows in by_class]) for _ in range(shots)])
+        shown = torch.cat(
+            [torch.stack([rows[torch.randint(len(rows), (), generator=g)] for rows in by_class]) for _ in range(shots)]
+        )
         tasks.append(Task(f"binding {i}", x[shown], name[y[shown]], xt, name[yt]))
     return tasks
 
@@ -79,7 +96,8 @@ class AgentNet(nn.Module):
     "Controller and memory as one function of the input; a number behind the d features is the task's. It never writes."
     def __init__(self, controller: MemoryController, memory: EpisodicMemory):
         super().__init__()
-        self.controller, self.memory = controller, memory
+        self.controller = controller
+        self.memory = memory
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         "Features (b, d) and task numbers (b,), if there are any."
@@ -101,7 +119,9 @@ def build_net(
     input_dim: int, hidden_dim: int, output_dim: int, config: EpisodicMemoryConfig, tasks: int, trust: float, kind: str,
 ) -> AgentNet:
     "Controller and memory; the answers that the first head finds start with weight `trust` in the output."
-    controller = MemoryController(input_dim, hidden_dim, config, output_dim, kind=kind, tasks=tasks, initial_strength=10.0)
+    controller = MemoryController(
+        input_dim, hidden_dim, config, output_dim, kind=kind, tasks=tasks, initial_strength=10.0
+    )
     with torch.no_grad():
         start = hidden_dim + config.key_dim
         controller.output.weight[:, start:start + output_dim] += trust * torch.eye(output_dim)
@@ -130,17 +150,37 @@ class ContinualAgent:
         seed: int = 0,
         device: str | torch.device = "cpu",
     ):
-        if kind not in ("regression", "classification"): raise ValueError(f"kind is {kind!r}: choose 'regression' or 'classification'")
+        if kind not in ("regression", "classification"):
+            raise ValueError(f"kind is {kind!r}: choose 'regression' or 'classification'")
         output_dim = output_dim or input_dim
-        config = config or EpisodicMemoryConfig(memory_slots=128, slot_dim=32 + output_dim, key_dim=32, read_heads=1, novelty=0.95)
+        config = config or EpisodicMemoryConfig(
+            memory_slots=128, slot_dim=32 + output_dim, key_dim=32, read_heads=1, novelty=0.95
+        )
         if config.slot_dim != config.key_dim + output_dim:
-            raise ValueError(f"a slot of {config.slot_dim} numbers must hold a key of {config.key_dim} and an answer of {output_dim}: set slot_dim to {config.key_dim + output_dim}")
-        self.config, self.kind, self.output_dim, self.use_memory, self.replay_batch = config, kind, output_dim, memory, replay_batch
-        self.device, self.tasks = pick_device(device), tasks
+            raise ValueError(
+                f"a slot of {config.slot_dim} numbers must hold a key of {config.key_dim} and an answer of "
+                f"{output_dim}: set slot_dim to {config.key_dim + output_dim}"
+            )
+        self.config = config
+        self.kind = kind
+        self.output_dim = output_dim
+        self.use_memory = memory
+        self.replay_batch = replay_batch
+        self.device = pick_device(device)
+        self.tasks = tasks
         with torch.random.fork_rng(devices=[]):  # the global generator stays as it was
-            torch.manual_seed(seed); self.net = build_net(input_dim, hidden_dim, output_dim, config, tasks, trust, controller).to(self.device)
-        self.learner = MetaLearner(self.net, inner_lr, 1, "fomaml", lambda out, y: self.losses(out, y).mean()) if meta else None
-        self.replay = ReplayBuffer(capacity, strategy or ("class_balanced" if kind == "classification" else "reservoir"), seed=seed) if replay else None
+            torch.manual_seed(seed)
+            self.net = build_net(input_dim, hidden_dim, output_dim, config, tasks, trust, controller).to(self.device)
+        self.learner = (
+            MetaLearner(self.net, inner_lr, 1, "fomaml", lambda out, y: self.losses(out, y).mean()) if meta else None
+        )
+        self.replay = (
+            ReplayBuffer(
+                capacity, strategy or ("class_balanced" if kind == "classification" else "reservoir"), seed=seed
+            )
+            if replay
+            else None
+        )
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr)
 
     @property
@@ -156,13 +196,20 @@ class ContinualAgent:
 # %% ../../nbs/04b_agent.ipynb #9f46c074
 def _inputs(self: ContinualAgent, x: Tensor, task: int | Tensor | None) -> Tensor:
     "Inputs (b, d) or (d,) as a batch, with the task's number as a last column if the agent is told."
-    x = x.to(self.device); x = x.unsqueeze(0) if x.dim() == 1 else x
+    x = x.to(self.device)
+    x = x.unsqueeze(0) if x.dim() == 1 else x
     if x.dim() != 2 or x.shape[1] != self.controller.input_dim:
-        raise ValueError(f"expected x (b, {self.controller.input_dim}) or ({self.controller.input_dim},), got {tuple(x.shape)}")
-    if (task is None) != (self.tasks == 0): raise ValueError(f"this agent has {self.tasks} task descriptors: " + ("give task=" if self.tasks else "give no task"))
+        raise ValueError(
+            f"expected x (b, {self.controller.input_dim}) or ({self.controller.input_dim},), got {tuple(x.shape)}"
+        )
+    if (task is None) != (self.tasks == 0):
+        raise ValueError(
+            f"this agent has {self.tasks} task descriptors: " + ("give task=" if self.tasks else "give no task")
+        )
     if task is None: return x
     number = torch.as_tensor(task, device=self.device).expand(len(x))
-    if number.min() < 0 or number.max() >= self.tasks: raise ValueError(f"task is {task}: expected 0 to {self.tasks - 1}")
+    if number.min() < 0 or number.max() >= self.tasks:
+        raise ValueError(f"task is {task}: expected 0 to {self.tasks - 1}")
     return torch.cat([x, number[:, None].to(x.dtype)], 1)
 
 
@@ -177,7 +224,8 @@ def _targets(self: ContinualAgent, y: Tensor, batch: int) -> Tensor:
     return y
 
 
-ContinualAgent._inputs, ContinualAgent._targets = _inputs, _targets
+ContinualAgent._inputs = _inputs
+ContinualAgent._targets = _targets
 
 # %% ../../nbs/04b_agent.ipynb #41e4371e
 def train_step(self: ContinualAgent,
@@ -188,19 +236,23 @@ def train_step(self: ContinualAgent,
     store: bool = True,  # keep the batch in the replay buffer; False when it is seen again
 ) -> float:  # loss on the new batch, before the step
     "One step on new experience, with old experience replayed beside it."
-    x = self._inputs(x, task); y = self._targets(y, len(x))
+    x = self._inputs(x, task)
+    y = self._targets(y, len(x))
     check_finite(x=x, y=y)
     old = self.replay.sample(self.replay_batch) if self.replay is not None and len(self.replay) else None
     fast = self.learner.adapt(x, y) if self.learner else {}
     batch = x if old is None else torch.cat([x, old.batch[0]])
     out = torch.func.functional_call(self.net, fast, (batch,))
-    new = self.losses(out[:len(x)], y); loss = new.mean()
+    new = self.losses(out[:len(x)], y)
+    loss = new.mean()
     if old is not None:
         before = self.losses(out[len(x):], old.batch[1])
         loss = loss + replay_ratio * (old.weights * before).mean()
         self.replay.update(old.idx, before.detach())
-    self.optimizer.zero_grad(); loss.backward()
-    nn.utils.clip_grad_norm_(self.net.parameters(), 1.0); self.optimizer.step()
+    self.optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+    self.optimizer.step()
     if self.replay is not None and store: self.replay.extend(x, y, priority=new.detach())
     if self.use_memory: self._remember(x, y)
     return new.mean().item()
@@ -214,7 +266,8 @@ def _remember(self: ContinualAgent, x: Tensor, y: Tensor) -> None:
         self.memory.write(key, torch.cat([key, answer], -1), strengths=50.0)
 
 
-ContinualAgent.train_step, ContinualAgent._remember = train_step, _remember
+ContinualAgent.train_step = train_step
+ContinualAgent._remember = _remember
 
 # %% ../../nbs/04b_agent.ipynb #34836660
 @torch.no_grad()
@@ -232,18 +285,24 @@ def evaluate(self: ContinualAgent,
     if not len(data) or not len(data[0]): raise ValueError("no sample to evaluate on: the data set is empty")
     if not (isinstance(data, tuple) and isinstance(data[0], Tensor)):  # pairs
         data = torch.stack([x for x, _ in data]), torch.stack([torch.as_tensor(y) for _, y in data])
-    out = self.predict(data[0], task); y = self._targets(data[1], len(out))
+    out = self.predict(data[0], task)
+    y = self._targets(data[1], len(out))
     return (out.argmax(-1) != y).float().mean().item() if self.kind == "classification" else F.mse_loss(out, y).item()
 
 
 def state_dict(self: ContinualAgent) -> dict:
     "Everything the agent has learned and kept, for `save_checkpoint`."
-    return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict(), "replay": self.replay.state_dict() if self.replay is not None else None}
+    return {
+        "net": self.net.state_dict(),
+        "optimizer": self.optimizer.state_dict(),
+        "replay": self.replay.state_dict() if self.replay is not None else None,
+    }
 
 
 def load_state_dict(self: ContinualAgent, state: dict) -> None:
     "Go back to a `state_dict` of an agent that was built alike."
-    self.net.load_state_dict(state["net"]); self.optimizer.load_state_dict(state["optimizer"])
+    self.net.load_state_dict(state["net"])
+    self.optimizer.load_state_dict(state["optimizer"])
     if self.replay is not None: self.replay.load_state_dict(state["replay"])
 
 
@@ -286,21 +345,33 @@ def learn_stream(
 ) -> StreamHistory:
     "Learn tasks one after another and test after each."
     if not tasks: raise ValueError("the stream is empty: give at least one task")
-    T, done, cpu = len(tasks), 0, 0.0
-    errors, told = torch.full((T + 1, T), torch.nan), lambda i: i if agent.tasks else None
-    test = lambda t: [(i, agent.evaluate((tasks[i].x_test, tasks[i].y_test), told(i))) for i in (range(T) if test_all else [max(t - 1, 0)])]
+    T = len(tasks)
+    done = 0
+    cpu = 0.0
+    errors = torch.full((T + 1, T), torch.nan)
+    told = lambda i: i if agent.tasks else None
+    test = lambda t: [
+        (i, agent.evaluate((tasks[i].x_test, tasks[i].y_test), told(i)))
+        for i in (range(T) if test_all else [max(t - 1, 0)])
+    ]
     if checkpoint and Path(checkpoint).is_file():
-        state = load_checkpoint(checkpoint); agent.load_state_dict(state["agent"]); errors, done, cpu = state["errors"], state["done"], state["cpu"]
+        state = load_checkpoint(checkpoint)
+        agent.load_state_dict(state["agent"])
+        errors = state["errors"]
+        done = state["done"]
+        cpu = state["cpu"]
     else:
         for i, e in test(0): errors[0, i] = e
     for t in range(done, T):
-        g, start = torch.Generator().manual_seed(seed * 10_000 + t), time.process_time()
+        g = torch.Generator().manual_seed(seed * 10_000 + t)
+        start = time.process_time()
         for epoch in range(epochs):
             for rows in torch.randperm(len(tasks[t].x_train), generator=g).split(batch_size):
                 agent.train_step(tasks[t].x_train[rows], tasks[t].y_train[rows], task=told(t), store=epoch == 0)
         cpu += time.process_time() - start
         for i, e in test(t + 1): errors[t + 1, i] = e
-        if checkpoint: save_checkpoint(checkpoint, {"agent": agent.state_dict(), "errors": errors, "done": t + 1, "cpu": cpu})
+        if checkpoint:
+            save_checkpoint(checkpoint, {"agent": agent.state_dict(), "errors": errors, "done": t + 1, "cpu": cpu})
     return StreamHistory(errors, [t.name for t in tasks], cpu)
 
 # %% ../../nbs/04b_agent.ipynb #cd45e537
@@ -316,7 +387,10 @@ def run_demo(
     agent = ContinualAgent(64, 128, tasks=num_tasks, seed=seed, **options)
     history = learn_stream(agent, tasks, epochs, batch_size=8, seed=seed)
     for t in range(num_tasks) if verbose else ():
-        print(f"after task {t + 1}: " + "  ".join(f"task {i + 1} MSE {history.errors[t + 1, i]:.4f}" for i in range(t + 1)))
+        print(
+            f"after task {t + 1}: "
+            + "  ".join(f"task {i + 1} MSE {history.errors[t + 1, i]:.4f}" for i in range(t + 1))
+        )
     return agent, {"task": list(range(1, num_tasks + 1)), "error": history.newest.tolist(), "errors": history.errors}
 
 
@@ -327,11 +401,15 @@ def plot_results(
 ):
     "The memory, and the error on every task as the stream goes on."
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(6.5, 2.8), dpi=90, layout="constrained"); left, right = fig.subplots(1, 2)
-    image = left.imshow(agent.memory.memory.cpu(), aspect="auto", cmap="cividis", interpolation="nearest"); fig.colorbar(image, ax=left, label="value")
+    fig = Figure(figsize=(6.5, 2.8), dpi=90, layout="constrained")
+    left, right = fig.subplots(1, 2)
+    image = left.imshow(agent.memory.memory.cpu(), aspect="auto", cmap="cividis", interpolation="nearest")
+    fig.colorbar(image, ax=left, label="value")
     left.set(title="episodic memory", xlabel="feature", ylabel="slot")
-    for i, column in enumerate(history["errors"].T): right.plot(range(len(column)), column, marker="o", ms=3, label=f"task {i + 1}")
-    right.set(title="held-out error", xlabel="tasks learned", ylabel="mean squared error", yscale="log"); right.legend(frameon=False, fontsize=7)
+    for i, column in enumerate(history["errors"].T):
+        right.plot(range(len(column)), column, marker="o", ms=3, label=f"task {i + 1}")
+    right.set(title="held-out error", xlabel="tasks learned", ylabel="mean squared error", yscale="log")
+    right.legend(frameon=False, fontsize=7)
     if path: fig.savefig(path, dpi=150)
     return fig
 
@@ -346,13 +424,28 @@ class Setting(NamedTuple):
 
 SETTINGS = {
     "digits": Setting(dict(hidden_dim=128, output_dim=10, kind="classification"), epochs=10),
-    "mnist": Setting(dict(input_dim=784, hidden_dim=200, output_dim=10, kind="classification", capacity=1000, replay_batch=64), epochs=1, batch_size=64),
+    "mnist": Setting(
+        dict(input_dim=784, hidden_dim=200, output_dim=10, kind="classification", capacity=1000, replay_batch=64),
+        epochs=1,
+        batch_size=64,
+    ),
     "synthetic": Setting(dict(hidden_dim=128, tasks=4, capacity=100), epochs=20, batch_size=8),
-    "rebinding": Setting(dict(hidden_dim=128, output_dim=10, kind="classification", trust=5.0,
-                              config=EpisodicMemoryConfig(memory_slots=30, slot_dim=42, key_dim=32, read_heads=1, novelty=0.95)), epochs=1, batch_size=10, test_all=False),
+    "rebinding": Setting(
+        dict(
+            hidden_dim=128,
+            output_dim=10,
+            kind="classification",
+            trust=5.0,
+            config=EpisodicMemoryConfig(memory_slots=30, slot_dim=42, key_dim=32, read_heads=1, novelty=0.95),
+        ),
+        epochs=1,
+        batch_size=10,
+        test_all=False,
+    ),
 }
 ABLATIONS = {"naive": (0, 0, 0), "memory": (1, 0, 0), "meta": (0, 0, 1), "memory+meta": (1, 0, 1),
-             "replay": (0, 1, 0), "replay+memory": (1, 1, 0), "replay+meta": (0, 1, 1), "agent": (1, 1, 1)}  # memory, replay, meta
+             # memory, replay, meta
+             "replay": (0, 1, 0), "replay+memory": (1, 1, 0), "replay+meta": (0, 1, 1), "agent": (1, 1, 1)}
 
 
 def load_stream(data: str, seed: int = 0) -> list[Task]:
@@ -372,16 +465,20 @@ def ablate(
     **options: Any,  # further arguments of `ContinualAgent`
 ) -> StreamHistory:
     "One agent on one stream."
-    setting, tasks = SETTINGS[data], load_stream(data, seed)
+    setting = SETTINGS[data]
+    tasks = load_stream(data, seed)
     memory, replay, meta = map(bool, ABLATIONS.get(name, (0, 0, 0)))
-    agent = ContinualAgent(memory=memory, replay=replay, meta=meta, seed=seed, device=device, **(setting.agent | options))
+    agent = ContinualAgent(
+        memory=memory, replay=replay, meta=meta, seed=seed, device=device, **(setting.agent | options)
+    )
     if name == "joint": tasks = interleaved(tasks, seed)
     return learn_stream(agent, tasks, epochs or setting.epochs, setting.batch_size, seed, setting.test_all, checkpoint)
 
 
 def interleaved(tasks: list[Task], seed: int = 0) -> list[Task]:
     "The same training data, shuffled across the tasks: what an agent could learn if it did not have to wait."
-    x, y = torch.cat([t.x_train for t in tasks]), torch.cat([t.y_train for t in tasks])
+    x = torch.cat([t.x_train for t in tasks])
+    y = torch.cat([t.y_train for t in tasks])
     mixed = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).split([len(t.x_train) for t in tasks])
     return [t._replace(x_train=x[rows], y_train=y[rows]) for t, rows in zip(tasks, mixed)]
 
@@ -402,12 +499,16 @@ def agent(
     device: str = "auto",
     epochs: int | None = None,  # walks through each task; none: as the stream wants
     inner_lr: float = 0.01,  # of the trial step
-    parts: tuple[str, ...] = (*ABLATIONS, "joint"),  # combinations to run; joint: all tasks at once, where that makes sense
+    # combinations to run; joint: all tasks at once, where that makes sense
+    parts: tuple[str, ...] = (*ABLATIONS, "joint"),
 ) -> dict:
     "Learn a stream with every combination of parts, and say what each is worth."
-    if unknown := [n for n in parts if n not in (*ABLATIONS, "joint")]: raise ValueError(f"parts {unknown}: choose from {', '.join([*ABLATIONS, 'joint'])}")
-    where, names = pick_device(device), [n for n in parts if n != "joint" or data in ("digits", "mnist")]
-    rows, curves = [], {}
+    if unknown := [n for n in parts if n not in (*ABLATIONS, "joint")]:
+        raise ValueError(f"parts {unknown}: choose from {', '.join([*ABLATIONS, 'joint'])}")
+    where = pick_device(device)
+    names = [n for n in parts if n != "joint" or data in ("digits", "mnist")]
+    rows = []
+    curves = {}
     for seed in range(seeds):
         row = {}
         for name in names:
@@ -418,15 +519,26 @@ def agent(
             row |= {f"{name}.{k}": v for k, v in done["scores"].items()}
             curves.setdefault(name, []).append(done["errors"])
         if {"naive.forgetting", "agent.forgetting"} <= row.keys():  # 0 where there was nothing to reduce
-            row["forgetting_reduction"] = 1 - row["agent.forgetting"] / row["naive.forgetting"] if row["naive.forgetting"] > 0 else 0.0
+            row["forgetting_reduction"] = (
+                1 - row["agent.forgetting"] / row["naive.forgetting"] if row["naive.forgetting"] > 0 else 0.0
+            )
         rows.append(row)
     metrics = over_seeds(rows)
     run.figure("agent", plot_stream({k: torch.tensor(v) for k, v in curves.items()}, data))
     return metrics
 
 # %% ../../nbs/04b_agent.ipynb #2f67125a
-COLOURS = {"naive": "#D55E00", "memory": "#CC79A7", "meta": "#999999", "memory+meta": "#56B4E9", "replay": "#0072B2", "replay+memory": "#E69F00", "replay+meta": "#000000",
-           "agent": "#009E73", "joint": "#666666"}
+COLOURS = {
+    "naive": "#D55E00",
+    "memory": "#CC79A7",
+    "meta": "#999999",
+    "memory+meta": "#56B4E9",
+    "replay": "#0072B2",
+    "replay+memory": "#E69F00",
+    "replay+meta": "#000000",
+    "agent": "#009E73",
+    "joint": "#666666",
+}
 
 
 def plot_stream(
@@ -436,15 +548,30 @@ def plot_stream(
 ):
     "Mean error on the tasks learned so far (for rebinding: on the newest) against the number of tasks learned; mean and range over seeds."
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(5.5, 2.8), dpi=90, layout="constrained"); ax = fig.subplots()
+    fig = Figure(figsize=(5.5, 2.8), dpi=90, layout="constrained")
+    ax = fig.subplots()
     for name in (n for n in names if n in errors):
-        e, T = errors[name], errors[name].shape[2]
+        e = errors[name]
+        T = errors[name].shape[2]
         if data == "rebinding": y = e[:, 1:].diagonal(dim1=1, dim2=2).unfold(1, min(10, T), 1).mean(-1)
         else: y = torch.stack([e[:, t, :t].mean(-1) for t in range(1, T + 1)], 1)
         x = torch.arange(1, y.shape[1] + 1) + (T - y.shape[1]) // 2
-        ax.plot(x, y.mean(0), color=COLOURS[name], marker="o" if T < 20 else None, ms=3, ls="--" if name == "joint" else "-", label=name)
+        ax.plot(
+            x,
+            y.mean(0),
+            color=COLOURS[name],
+            marker="o" if T < 20 else None,
+            ms=3,
+            ls="--" if name == "joint" else "-",
+            label=name,
+        )
         ax.fill_between(x, y.amin(0), y.amax(0), color=COLOURS[name], alpha=.15, lw=0)
     over = "the newest binding" if data == "rebinding" else "all tasks so far"
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.set(xlabel="tasks learned", ylabel=("squared error" if data == "synthetic" else "share of wrong answers") + f"\non {over}", ylim=(0, None)); ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, .5))
+    ax.set(
+        xlabel="tasks learned",
+        ylabel=("squared error" if data == "synthetic" else "share of wrong answers") + f"\non {over}",
+        ylim=(0, None),
+    )
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, .5))
     return fig

@@ -29,21 +29,36 @@ class Interface(NamedTuple):
 class InterfaceMap(nn.Linear):
     "One linear map from the hidden state to all interface vectors."
     def __init__(self, hidden_dim: int, config: EpisodicMemoryConfig, initial_strength: float = 5.0):
-        c, k = config, config.key_dim
-        self.config, r, h = config, config.read_heads, config.write_heads
+        c = config
+        k = config.key_dim
+        self.config = config
+        r = config.read_heads
+        h = config.write_heads
         self.sizes = [r * k, r, h * k, h * (c.slot_dim - k if k < c.slot_dim else k), h * c.slot_dim, h, h]
         super().__init__(hidden_dim, sum(self.sizes))
-        bias = dict(zip(Interface._fields, self.bias.detach().split(self.sizes)))  # views: strengths begin at initial_strength,
-        bias["read_strengths"].fill_(initial_strength - 1); bias["write_strengths"].fill_(initial_strength - 1)  # and writes
-        bias["erase"].fill_(2.0); bias["gates"].fill_(2.0)  # begin by opening new slots and clearing them
+        # views: strengths begin at initial_strength,
+        bias = dict(zip(Interface._fields, self.bias.detach().split(self.sizes)))
+        bias["read_strengths"].fill_(initial_strength - 1)
+        bias["write_strengths"].fill_(initial_strength - 1)  # and writes
+        bias["erase"].fill_(2.0)
+        bias["gates"].fill_(2.0)  # begin by opening new slots and clearing them
 
     def forward(self, hidden: Tensor) -> Interface:
-        r, h = self.config.read_heads, self.config.write_heads
+        r = self.config.read_heads
+        h = self.config.write_heads
         read_keys, read_s, write_keys, vectors, erase, write_s, gates = super().forward(hidden).split(self.sizes, -1)
         write_keys, vectors, erase = (v.unflatten(-1, (h, -1)) for v in (write_keys, vectors, erase))
         contents = vectors.tanh()
         if self.config.key_dim < self.config.slot_dim: contents = torch.cat([write_keys, contents], -1)
-        return Interface(read_keys.unflatten(-1, (r, -1)), 1 + F.softplus(read_s), write_keys, contents, erase.sigmoid(), 1 + F.softplus(write_s), gates.sigmoid())
+        return Interface(
+            read_keys.unflatten(-1, (r, -1)),
+            1 + F.softplus(read_s),
+            write_keys,
+            contents,
+            erase.sigmoid(),
+            1 + F.softplus(write_s),
+            gates.sigmoid(),
+        )
 
 # %% ../../nbs/02_controller.ipynb #17dcd259
 class ControllerState(NamedTuple):
@@ -65,12 +80,20 @@ class MemoryController(nn.Module):
         initial_strength: float = 5.0,  # of all heads before training
     ):
         super().__init__()
-        if min(input_dim, hidden_dim) < 1: raise ValueError(f"input_dim {input_dim} and hidden_dim {hidden_dim}: expected at least 1")
+        if min(input_dim, hidden_dim) < 1:
+            raise ValueError(f"input_dim {input_dim} and hidden_dim {hidden_dim}: expected at least 1")
         if kind not in ("lstm", "feedforward"): raise ValueError(f"kind is {kind!r}: choose 'lstm' or 'feedforward'")
-        self.config, self.kind, self.input_dim, self.hidden_dim = config or EpisodicMemoryConfig(), kind, input_dim, hidden_dim
+        self.config = config or EpisodicMemoryConfig()
+        self.kind = kind
+        self.input_dim = input_dim
+        self.hidden_dim = hidden_dim
         self.task = nn.Embedding(tasks, task_dim) if tasks else None
         width = input_dim + (task_dim if tasks else 0)
-        self.core = nn.LSTM(width, hidden_dim, batch_first=True) if kind == "lstm" else nn.Sequential(nn.Linear(width, hidden_dim), nn.ReLU())
+        self.core = (
+            nn.LSTM(width, hidden_dim, batch_first=True)
+            if kind == "lstm"
+            else nn.Sequential(nn.Linear(width, hidden_dim), nn.ReLU())
+        )
         self.interface = InterfaceMap(hidden_dim, self.config, initial_strength)
         self.output = nn.Linear(hidden_dim + self.config.read_heads * self.config.slot_dim, output_dim or input_dim)
 
@@ -80,26 +103,38 @@ class MemoryController(nn.Module):
 
     def encode(self, x: Tensor, hidden=None, task: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         "The hidden states (b, t, hidden_dim) of inputs (b, t, d), before the memory is asked."
-        if x.dim() != 3 or x.shape[-1] != self.input_dim: raise ValueError(f"expected x (b, t, {self.input_dim}) or (b, {self.input_dim}), got {tuple(x.shape)}")
-        if (task is None) != (self.task is None): raise ValueError(f"task descriptors: {'got some' if self.task is None else 'got none'}, and tasks={self.task.num_embeddings if self.task else 0}")
+        if x.dim() != 3 or x.shape[-1] != self.input_dim:
+            raise ValueError(f"expected x (b, t, {self.input_dim}) or (b, {self.input_dim}), got {tuple(x.shape)}")
+        if (task is None) != (self.task is None):
+            raise ValueError(
+                f"task descriptors: {'got some' if self.task is None else 'got none'}, and "
+                f"tasks={self.task.num_embeddings if self.task else 0}"
+            )
         if task is not None: x = torch.cat([x, self.task(task.view(-1, 1)).expand(len(x), x.shape[1], -1)], -1)
         return self.core(x, hidden) if self.kind == "lstm" else (self.core(x), None)
 
     def forward(self,
         x: Tensor,  # (b, t, d) sequences, (b, d) one step, or (d,) one sample
         memory: EpisodicMemory,
-        state: ControllerState | None = None,  # from init_state or an earlier call; None: no history and the lasting memory
+        # from init_state or an earlier call; None: no history and the lasting memory
+        state: ControllerState | None = None,
         task: Tensor | None = None,  # (b,) number of each sequence's task, with tasks > 0
         write: bool | None = None,  # into a lasting memory; None: in training mode only
     ) -> tuple[Tensor, ControllerState]:  # outputs with the leading axes of x, and the new state
         hidden, episodic = state or (None, None)
         inputs = x.view(1, 1, -1) if x.dim() == 1 else x.unsqueeze(1) if x.dim() == 2 else x
         encoded, hidden = self.encode(inputs, hidden, task)
-        reads, episodic = self.remember(self.interface(encoded), memory, episodic, self.training if write is None else write)
+        reads, episodic = self.remember(
+            self.interface(encoded), memory, episodic, self.training if write is None else write
+        )
         out = self.output(torch.cat([encoded, reads], -1))
-        return out.flatten(0, 3 - x.dim()) if x.dim() == 2 else out.view(-1) if x.dim() == 1 else out, ControllerState(hidden, episodic)
+        return out.flatten(0, 3 - x.dim()) if x.dim() == 2 else out.view(-1) if x.dim() == 1 else out, ControllerState(
+            hidden, episodic
+        )
 
-    def remember(self, asks: Interface, memory: EpisodicMemory, state: EpisodicState | None, write: bool) -> tuple[Tensor, EpisodicState | None]:
+    def remember(
+        self, asks: Interface, memory: EpisodicMemory, state: EpisodicState | None, write: bool
+    ) -> tuple[Tensor, EpisodicState | None]:
         "Go through the steps: read, then write. A lasting memory that is only read answers all steps at once."
         if state is None and not write: return memory.read(asks.read_keys, asks.read_strengths), None
         reads = []

@@ -18,7 +18,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..core import allocation, check_finite, content_weights, detach, erase_add, least_used, read, retention, similarity, update_usage
+from memory_notebook.core import (
+    allocation,
+    check_finite,
+    content_weights,
+    detach,
+    erase_add,
+    least_used,
+    read,
+    retention,
+    similarity,
+    update_usage,
+)
 
 # %% ../../nbs/01_episodic.ipynb #bf49d202
 @dataclass
@@ -30,7 +41,8 @@ class EpisodicMemoryConfig:
     write_heads: int = 1  # h, writes in parallel
     key_dim: int | None = None  # leading numbers of a slot that are compared with a key; None: the whole slot
     similarity: Literal["cosine", "dot"] = "cosine"
-    allocation: Literal["least_used", "sorted"] = "least_used"  # one-hot (Santoro et al. 2016) or soft (Graves et al. 2016)
+    # one-hot (Santoro et al. 2016) or soft (Graves et al. 2016)
+    allocation: Literal["least_used", "sorted"] = "least_used"
     usage_decay: float = 0.99  # share of every usage that is left after a write
     novelty: float = 0.9  # a write opens a new slot if no stored key has a larger cosine
 
@@ -38,10 +50,14 @@ class EpisodicMemoryConfig:
         for name in ("memory_slots", "slot_dim", "read_heads", "write_heads"):
             if getattr(self, name) < 1: raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
         if self.key_dim is None: self.key_dim = self.slot_dim
-        if not 1 <= self.key_dim <= self.slot_dim: raise ValueError(f"key_dim is {self.key_dim}: expected 1 to slot_dim = {self.slot_dim}")
-        if not 0 < self.usage_decay <= 1: raise ValueError(f"usage_decay is {self.usage_decay}: expected a share in (0, 1]")
-        if self.write_heads > self.memory_slots: raise ValueError(f"{self.write_heads} write heads need as many slots, there are {self.memory_slots}")
-        if self.allocation not in ("least_used", "sorted"): raise ValueError(f"allocation is {self.allocation!r}: choose 'least_used' or 'sorted'")
+        if not 1 <= self.key_dim <= self.slot_dim:
+            raise ValueError(f"key_dim is {self.key_dim}: expected 1 to slot_dim = {self.slot_dim}")
+        if not 0 < self.usage_decay <= 1:
+            raise ValueError(f"usage_decay is {self.usage_decay}: expected a share in (0, 1]")
+        if self.write_heads > self.memory_slots:
+            raise ValueError(f"{self.write_heads} write heads need as many slots, there are {self.memory_slots}")
+        if self.allocation not in ("least_used", "sorted"):
+            raise ValueError(f"allocation is {self.allocation!r}: choose 'least_used' or 'sorted'")
 
 # %% ../../nbs/01_episodic.ipynb #b2272f49
 class EpisodicState(NamedTuple):
@@ -66,7 +82,9 @@ class LastingMemory(nn.Module):
 
     def init_state(self, batch_size: int) -> EpisodicState:
         "An empty memory for each sequence of a batch: (b, n, w) and (b, n), on the module's device."
-        return EpisodicState(self.memory.new_zeros(batch_size, *self.memory.shape), self.usage.new_zeros(batch_size, *self.usage.shape))
+        return EpisodicState(
+            self.memory.new_zeros(batch_size, *self.memory.shape), self.usage.new_zeros(batch_size, *self.usage.shape)
+        )
 
     def keep(self, state: EpisodicState) -> EpisodicState:
         "Make a state the lasting one; outside a `segment` without its graph."
@@ -78,7 +96,9 @@ class LastingMemory(nn.Module):
         "Within, lasting writes carry gradients; at the end the values stay and the graph goes."
         self._keep_graph = True
         try: yield self
-        finally: self._keep_graph = False; self.keep(self.state)
+        finally:
+            self._keep_graph = False
+            self.keep(self.state)
 
     def clear(self) -> EpisodicState:
         "Forget everything that lasts."
@@ -86,14 +106,21 @@ class LastingMemory(nn.Module):
 
     def save(self, path: str | Path) -> None:
         "Write slots, usage and configuration into one safetensors file."
-        save_file({k: v.detach().contiguous() for k, v in self.state._asdict().items()}, path, metadata={"config": json.dumps(asdict(self.config))})
+        save_file(
+            {k: v.detach().contiguous() for k, v in self.state._asdict().items()},
+            path,
+            metadata={"config": json.dumps(asdict(self.config))},
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> "LastingMemory":
         "A memory with the configuration and the contents of a file that `save` wrote."
         try:
-            with safe_open(path, framework="pt") as f: config, tensors = json.loads(f.metadata()["config"]), {k: f.get_tensor(k) for k in f.keys()}
-        except Exception as e: raise ValueError(f"cannot read a memory from {path} ({e}): was it written by save()?") from e
+            with safe_open(path, framework="pt") as f:
+                config = json.loads(f.metadata()["config"])
+                tensors = {k: f.get_tensor(k) for k in f.keys()}
+        except Exception as e:
+            raise ValueError(f"cannot read a memory from {path} ({e}): was it written by save()?") from e
         self = cls(EpisodicMemoryConfig(**config)).to(tensors["memory"].dtype)
         self.load_state_dict(tensors)
         return self
@@ -102,7 +129,8 @@ class LastingMemory(nn.Module):
 def _with_heads(x: Tensor, memory: Tensor, name: str) -> Tensor:
     "Give vectors of a single head their head axis, and refuse those without a batch axis where the memory has one."
     if x.dim() == max(memory.dim() - 1, 1): x = x.unsqueeze(-2)
-    if x.dim() < memory.dim(): raise ValueError(f"{name} {tuple(x.shape)} lacks the batch axis that the memory {tuple(memory.shape)} has")
+    if x.dim() < memory.dim():
+        raise ValueError(f"{name} {tuple(x.shape)} lacks the batch axis that the memory {tuple(memory.shape)} has")
     return x
 
 
@@ -121,7 +149,9 @@ class ReadableMemory(LastingMemory):
         "Address the slots in use by what they contain. Graves et al. 2014, eq. 5."
         memory, usage = self.state if state is None else state
         keys = _with_heads(keys, memory, "keys")
-        return content_weights(keys, memory[..., :self.config.key_dim], _per_head(strengths, keys), self.config.similarity, mask=usage > 0)
+        return content_weights(
+            keys, memory[..., : self.config.key_dim], _per_head(strengths, keys), self.config.similarity, mask=usage > 0
+        )
 
     def read(self, keys: Tensor, strengths: Tensor | float = 1.0, state: EpisodicState | None = None) -> Tensor:
         "Read with every head and join what they fetched: (..., r * w). Graves et al. 2014, eq. 2."
@@ -143,7 +173,9 @@ class ForgettingMemory(ReadableMemory):
     def touch(self, weights: Tensor, state: EpisodicState | None = None) -> EpisodicState:
         "Raise the usage of slots that were read with `weights` (..., r, n), so that they are reused later. Santoro et al. 2016, eq. 5."
         usage = (self.state if state is None else state).usage
-        return self._used(update_usage(usage, weights.reshape(-1, weights.shape[-1]) if usage.dim() == 1 else weights), state)
+        return self._used(
+            update_usage(usage, weights.reshape(-1, weights.shape[-1]) if usage.dim() == 1 else weights), state
+        )
 
     def release(self, weights: Tensor, gates: Tensor, state: EpisodicState | None = None) -> EpisodicState:
         "Lower the usage of slots that were read with `weights` (..., r, n) by free gates (..., r) in [0, 1]. Graves et al. 2016, Methods."
@@ -171,7 +203,10 @@ class EpisodicMemory(ForgettingMemory):
         memory, usage = self.state if state is None else state
         keys = _with_heads(keys, memory, "keys")
         heads = keys.shape[-2]
-        if heads > usage.shape[-1]: raise ValueError(f"{heads} writes at once do not fit into {usage.shape[-1]} slots: write in smaller batches")
+        if heads > usage.shape[-1]:
+            raise ValueError(
+                f"{heads} writes at once do not fit into {usage.shape[-1]} slots: write in smaller batches"
+            )
         if gate is None: gate = (self.familiarity(keys, state) <= self.config.novelty).to(keys.dtype)
         gate = torch.as_tensor(_per_head(gate, keys), dtype=keys.dtype, device=keys.device).unsqueeze(-1)
         fresh = least_used(usage, heads) if self.config.allocation == "least_used" else allocation(usage, heads)
@@ -186,22 +221,29 @@ class EpisodicMemory(ForgettingMemory):
         state: EpisodicState | None = None,  # None: the lasting memory; leading axes are then writes side by side
     ) -> EpisodicState:
         "Erase and add at the write address. Graves et al. 2014, eqs. 3-4."
-        if vectors.shape[-1] != self.config.slot_dim: raise ValueError(f"vectors are {vectors.shape[-1]} wide and slots {self.config.slot_dim}")
+        if vectors.shape[-1] != self.config.slot_dim:
+            raise ValueError(f"vectors are {vectors.shape[-1]} wide and slots {self.config.slot_dim}")
         erase = erase if isinstance(erase, Tensor) else torch.full_like(vectors, erase)
         if state is None: return self._write_lasting(keys, vectors, erase, strengths, gate)
         vectors, erase = (_with_heads(x, state.memory, "vectors") for x in (vectors, erase))
         weights = self.write_weights(keys, strengths, gate, state)
-        return EpisodicState(erase_add(state.memory, weights, erase, vectors), update_usage(self.config.usage_decay * state.usage, weights))
+        return EpisodicState(
+            erase_add(state.memory, weights, erase, vectors),
+            update_usage(self.config.usage_decay * state.usage, weights),
+        )
 
     def _write_lasting(self, keys, vectors, erase, strengths, gate) -> EpisodicState:
         check_finite(keys=keys, vectors=vectors, erase=erase)
-        keys, vectors, erase = (x.reshape(-1, x.shape[-1]) for x in (keys, vectors, erase))  # every sequence and head is one write
+        # every sequence and head is one write
+        keys, vectors, erase = (x.reshape(-1, x.shape[-1]) for x in (keys, vectors, erase))
         strengths, gate = (x.reshape(-1) if isinstance(x, Tensor) else x for x in (strengths, gate))
         with torch.set_grad_enabled(self._keep_graph and torch.is_grad_enabled()):
             weights = self.write_weights(keys, strengths, gate)
             weights = weights / weights.sum(-2, keepdim=True).clamp_min(1)
             memory = self.memory * (1 - weights.mT @ erase) + weights.mT @ vectors
-            return self.keep(EpisodicState(memory, update_usage(self.config.usage_decay * self.usage, weights.sum(-2, keepdim=True))))
+            return self.keep(
+                EpisodicState(memory, update_usage(self.config.usage_decay * self.usage, weights.sum(-2, keepdim=True)))
+            )
 
 # %% ../../nbs/01_episodic.ipynb #feb38e04
 def show_memory(
@@ -212,9 +254,15 @@ def show_memory(
     "Draw the slots as rows of a matrix, and their usage beside it."
     from matplotlib.figure import Figure
     memory, usage = (t.detach().float().cpu() for t in (state.state if isinstance(state, LastingMemory) else state))
-    if memory.dim() == 3: memory, usage = memory[item], usage[item]
-    fig = Figure(figsize=(6.5, 2.8), dpi=90, layout="constrained"); left, right = fig.subplots(1, 2, sharey=True, width_ratios=[5, 1])
+    if memory.dim() == 3:
+        memory = memory[item]
+        usage = usage[item]
+    fig = Figure(figsize=(6.5, 2.8), dpi=90, layout="constrained")
+    left, right = fig.subplots(1, 2, sharey=True, width_ratios=[5, 1])
     image = left.imshow(memory, aspect="auto", cmap="cividis", interpolation="nearest")
-    left.set(xlabel="feature", ylabel="slot", title=title); fig.colorbar(image, ax=left, label="value", pad=.01)
-    right.barh(range(len(usage)), usage, color="#0072B2"); right.set(xlabel="usage", xlim=(0, 1)); left.yaxis.get_major_locator().set_params(integer=True)
+    left.set(xlabel="feature", ylabel="slot", title=title)
+    fig.colorbar(image, ax=left, label="value", pad=.01)
+    right.barh(range(len(usage)), usage, color="#0072B2")
+    right.set(xlabel="usage", xlim=(0, 1))
+    left.yaxis.get_major_locator().set_params(integer=True)
     return fig

@@ -21,7 +21,8 @@ from torch.func import functional_call, grad, vmap
 
 from ..core import check_finite, content_weights, detach, interpolate, least_used, read, set_seed, unit
 from ..data import episodes, load_omniglot_vinyals
-from ..train import Run, benchmark, experiment, over_seeds, pick_device
+from ..runs import Run, benchmark, experiment, over_seeds
+from ..train import pick_device
 
 # %% ../../nbs/04_meta.ipynb #616675b0
 class Sines(NamedTuple):
@@ -45,7 +46,9 @@ def sinusoids(
 # %% ../../nbs/04_meta.ipynb #f334a7f7
 def sine_net(inputs: int = 1, hidden: int = 40) -> nn.Sequential:
     "Two hidden layers of 40 rectified units, as in Finn et al. 2017."
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+    return nn.Sequential(
+        nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1)
+    )
 
 # %% ../../nbs/04_meta.ipynb #6fb1cb53
 Params = dict[str, Tensor]
@@ -58,7 +61,8 @@ def _inner_names(model: nn.Module, algorithm: str, inner: list[str] | None) -> l
     if not names: raise ValueError("the model has no parameters: there is nothing to adapt")
     if inner is None and algorithm == "anil": inner = [names[-1].rpartition(".")[0]]
     chosen = names if inner is None else [n for n in names if any(n == i or n.startswith(i + ".") for i in inner)]
-    if not chosen: raise ValueError(f"inner_params {inner} match no parameter: choose names or prefixes from {', '.join(names)}")
+    if not chosen:
+        raise ValueError(f"inner_params {inner} match no parameter: choose names or prefixes from {', '.join(names)}")
     return chosen
 
 # %% ../../nbs/04_meta.ipynb #caa01b91
@@ -66,8 +70,11 @@ def _check_model(model: nn.Module) -> None:
     "Running statistics would be changed in place by every task at once."
     for name, m in model.named_modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats:
-            raise ValueError(f"{name or 'the model'} ({type(m).__name__}) keeps running statistics, which tasks side by side cannot share: "
-                             "build it with track_running_stats=False, or use GroupNorm")
+            raise ValueError(
+                f"{name or 'the model'} ({type(m).__name__}) keeps running statistics, which tasks side by side "
+                "cannot share: "
+                "build it with track_running_stats=False, or use GroupNorm"
+            )
 
 # %% ../../nbs/04_meta.ipynb #ca41fe99
 def _check_tasks(*pairs: tuple[Tensor, Tensor], batched: bool = True) -> None:
@@ -76,10 +83,16 @@ def _check_tasks(*pairs: tuple[Tensor, Tensor], batched: bool = True) -> None:
     for x, y in pairs:
         lead = 1 + batched
         if x.dim() < lead or x.shape[:lead] != y.shape[:lead]:
-            raise ValueError(f"expected inputs and targets {form} with equal leading sizes, got {tuple(x.shape)} and {tuple(y.shape)}")
+            raise ValueError(
+                f"expected inputs and targets {form} with equal leading sizes, got {tuple(x.shape)} and "
+                f"{tuple(y.shape)}"
+            )
         check_finite(inputs=x, targets=y)
     if len({len(x) for x, _ in pairs}) > 1 and batched:
-        raise ValueError(f"support and query sets belong to the same tasks, got {' and '.join(str(len(x)) for x, _ in pairs)} of them")
+        raise ValueError(
+            f"support and query sets belong to the same tasks, got {' and '.join(str(len(x)) for x, _ in pairs)} of "
+            "them"
+        )
 
 # %% ../../nbs/04_meta.ipynb #efa3194f
 class FastWeights(nn.Module):
@@ -96,10 +109,14 @@ class FastWeights(nn.Module):
         learn_inner_lr: bool = False,  # one learned step size for each adapting tensor
     ):
         super().__init__()
-        if algorithm not in ALGORITHMS: raise ValueError(f"algorithm is {algorithm!r}: choose from {', '.join(ALGORITHMS)}")
+        if algorithm not in ALGORITHMS:
+            raise ValueError(f"algorithm is {algorithm!r}: choose from {', '.join(ALGORITHMS)}")
         if inner_steps < 0: raise ValueError(f"inner_steps is {inner_steps}: expected 0 or more")
         _check_model(model)
-        self.model, self.inner_steps, self.algorithm, self.loss_fn = model, inner_steps, algorithm, loss_fn
+        self.model = model
+        self.inner_steps = inner_steps
+        self.algorithm = algorithm
+        self.loss_fn = loss_fn
         self.inner_names = _inner_names(model, algorithm, inner_params)
         rates = next(model.parameters()).new_full((len(self.inner_names),), float(inner_lr)).detach()
         if learn_inner_lr: self.rates = nn.Parameter(rates)
@@ -119,7 +136,8 @@ class FastWeights(nn.Module):
 
     def _adapt(self, x: Tensor, y: Tensor, steps: int | None, lr: float | None) -> Params:
         "Gradient descent on the fast weights; differentiable back to the slow ones."
-        fast, rates = self.start(), self.rates.unbind() if lr is None else [lr] * len(self.inner_names)
+        fast = self.start()
+        rates = self.rates.unbind() if lr is None else [lr] * len(self.inner_names)
         for _ in range(self.inner_steps if steps is None else steps):
             grads = grad(self.loss)(fast, x, y)  # with respect to the fast weights
             if self.algorithm in ("fomaml", "reptile"): grads = detach(grads)
@@ -169,14 +187,16 @@ class MetaLearner(FastWeights):
                 for n, p in self.start().items(): p.grad = p - fast[n].mean(0)
                 loss = vmap(self.loss)(fast, xq, yq).mean()
         else:
-            loss = self.outer_losses(x, y, xq, yq).mean(); loss.backward()
+            loss = self.outer_losses(x, y, xq, yq).mean()
+            loss.backward()
         optimizer.step()
         return loss.detach()
 
 # %% ../../nbs/04_meta.ipynb #5daf912a
 def loop_loss(learner: MetaLearner, x: Tensor, y: Tensor, xq: Tensor, yq: Tensor) -> Tensor:
     "MAML as it is usually written, task after task: the mean of `outer_losses` with the same arguments. For tests and timing."
-    losses, start = [], learner.start()
+    losses = []
+    start = learner.start()
     for task in range(len(x)):
         fast = dict(start)
         for _ in range(learner.inner_steps):
@@ -205,14 +225,17 @@ def train_sines(
     device: str | torch.device = "cpu",
 ) -> MetaLearner:
     "Meta-train the paper's network on sine waves; the baselines get the same data without inner steps."
-    g, joint = set_seed(seed), algorithm in ("pretrained", "oracle")
+    g = set_seed(seed)
+    joint = algorithm in ("pretrained", "oracle")
     net = sine_net(3 if algorithm == "oracle" else 1)
     learner = MetaLearner(net, inner_lr, 0 if joint else inner_steps, "maml" if joint else algorithm).to(device)
-    optimizer = torch.optim.Adam(learner.parameters(), lr); schedule = _annealed(optimizer, meta_steps)
+    optimizer = torch.optim.Adam(learner.parameters(), lr)
+    schedule = _annealed(optimizer, meta_steps)
     for _ in range(meta_steps):
         x, y, wave = (t.to(device) for t in sinusoids(tasks, 2 * shots, g))
         if algorithm == "oracle": x = torch.cat([x, wave.expand(-1, 2 * shots, -1)], -1)
-        learner.meta_step(optimizer, x[:, :shots], y[:, :shots], x[:, shots:], y[:, shots:]); schedule.step()
+        learner.meta_step(optimizer, x[:, :shots], y[:, :shots], x[:, shots:], y[:, shots:])
+        schedule.step()
     return learner
 
 # %% ../../nbs/04_meta.ipynb #fc69f1c0
@@ -225,8 +248,11 @@ def sine_errors(
     seed: int = 10_000,
 ) -> list[float]:  # mean squared error after 0 ... steps gradient steps
     "How fast the error falls on new waves."
-    x, y, wave = (t.to(learner.rates.device) for t in sinusoids(tasks, shots + 100, torch.Generator().manual_seed(seed)))
-    if learner.model[0].in_features == 3: x = torch.cat([x, wave.expand(-1, x.shape[1], -1)], -1)  # the oracle is told the wave
+    x, y, wave = (
+        t.to(learner.rates.device) for t in sinusoids(tasks, shots + 100, torch.Generator().manual_seed(seed))
+    )
+    # the oracle is told the wave
+    if learner.model[0].in_features == 3: x = torch.cat([x, wave.expand(-1, x.shape[1], -1)], -1)
     data = x[:, :shots], y[:, :shots], x[:, shots:], y[:, shots:]
     with torch.no_grad(): return [learner.outer_losses(*data, steps=s, lr=lr).mean().item() for s in range(steps + 1)]
 
@@ -253,7 +279,9 @@ def sinusoid(
     "Mean squared error on 600 new waves after 0 ... 10 gradient steps: `<algorithm>.k<shots>.mse_at_<step>`."
     metrics = {}
     for a in algorithms:
-        rows = [run.unit(f"{a}.seed{s}", lambda: sine_unit(a, s, meta_steps, pick_device(device))) for s in range(seeds)]
+        rows = [
+            run.unit(f"{a}.seed{s}", lambda: sine_unit(a, s, meta_steps, pick_device(device))) for s in range(seeds)
+        ]
         metrics |= {f"{a}.{k}": v for k, v in over_seeds(rows).items()}
     return metrics
 
@@ -265,7 +293,8 @@ def _alternate(*fns: Callable[[], Any], turns: int = 10, calls: int = 5) -> list
         for fn, spent in zip(fns, times):
             fn()  # the first call of a turn finds the caches cold
             for _ in range(calls):
-                start = time.perf_counter(); fn()
+                start = time.perf_counter()
+                fn()
                 spent.append(1e3 * (time.perf_counter() - start))
     return [sorted(t)[len(t) // 2] for t in times]
 
@@ -275,13 +304,21 @@ def bench_maml(run: Run, *, tasks: int = 32, shots: int = 10, inner_steps: int =
     "Forward, backward and Adam on the sine network: `maml.speedup_vs_loop`, and the same with a single inner step."
     out = {}
     for tail, steps in (("", inner_steps), ("_1_step", 1)):
-        set_seed(0); learner = MetaLearner(sine_net(), inner_steps=steps)
+        set_seed(0)
+        learner = MetaLearner(sine_net(), inner_steps=steps)
         optimizer = torch.optim.Adam(learner.parameters(), fused=True)
         x, y, _ = sinusoids(tasks, 2 * shots)
         data = x[:, :shots], y[:, :shots], x[:, shots:], y[:, shots:]
-        def loop(): optimizer.zero_grad(); loop_loss(learner, *data).backward(); optimizer.step()
+        def loop():
+            optimizer.zero_grad()
+            loop_loss(learner, *data).backward()
+            optimizer.step()
         together, looped = _alternate(lambda: learner.meta_step(optimizer, *data), loop, turns=turns)
-        out |= {f"maml.speedup_vs_loop{tail}": looped / together, f"maml.vmap_ms{tail}": together, f"maml.loop_ms{tail}": looped}
+        out |= {
+            f"maml.speedup_vs_loop{tail}": looped / together,
+            f"maml.vmap_ms{tail}": together,
+            f"maml.loop_ms{tail}": looped,
+        }
     return out
 
 # %% ../../nbs/04_meta.ipynb #105d592d
@@ -298,8 +335,10 @@ def jitter(
     angle: float = math.pi / 16, shift: float = 0.1,  # largest turn, and largest shift as a share of the picture
 ) -> Tensor:
     "Turn and shift every picture a little."
-    m, draw = x.shape[:-2].numel(), lambda *s: 2 * torch.rand(*s, generator=generator) - 1
-    turn, move = angle * draw(m), 2 * shift * draw(m, 2)
+    m = x.shape[:-2].numel()
+    draw = lambda *s: 2 * torch.rand(*s, generator=generator) - 1
+    turn = angle * draw(m)
+    move = 2 * shift * draw(m, 2)
     rows = torch.stack([turn.cos(), -turn.sin(), move[:, 0], turn.sin(), turn.cos(), move[:, 1]], -1).to(x)
     grid = F.affine_grid(rows.view(m, 2, 3), (m, 1, *x.shape[-2:]), align_corners=False)
     return F.grid_sample(x.reshape(m, 1, *x.shape[-2:]), grid, align_corners=False).view_as(x)
@@ -315,10 +354,12 @@ def sequences(
 ) -> Sequences:
     "Episodes of classes * each pictures in random order; quarter turns make further classes. Santoro et al. 2016, section 4.1."
     e = episodes(images, classes, each, 0, batch, generator, rotate=True)
-    x, t = e.support_x.unflatten(1, (classes, each)), classes * each
+    x = e.support_x.unflatten(1, (classes, each))
+    t = classes * each
     if same: x = torch.where(torch.rand(batch, 1, 1, 1, 1, generator=generator).to(x.device) < same, x[:, :, :1], x)
     order = torch.rand(batch, t, generator=generator).argsort(-1).to(x.device)
-    x, y = torch.take_along_dim(x.flatten(1, 2), order[..., None, None], 1), e.support_y.gather(1, order)
+    x = torch.take_along_dim(x.flatten(1, 2), order[..., None, None], 1)
+    y = e.support_y.gather(1, order)
     return Sequences(x, y, F.one_hot(y, classes).cumsum(1).gather(-1, y.unsqueeze(-1)).squeeze(-1))
 
 # %% ../../nbs/04_meta.ipynb #87056ade
@@ -368,9 +409,15 @@ class MANNCell(nn.Module):
         forget_bias: float = -1.0,  # of the LSTM at first; low, so that keys show the present input
     ):
         super().__init__()
-        if memory_slots < read_heads: raise ValueError(f"{read_heads} heads cannot each have one of {memory_slots} slots: use more slots")
-        self.hidden_dim, self.slots, self.width, self.heads = hidden_dim, memory_slots, slot_dim, read_heads
-        self.decay, self.strength, self.delayed_key = decay, strength, delayed_key
+        if memory_slots < read_heads:
+            raise ValueError(f"{read_heads} heads cannot each have one of {memory_slots} slots: use more slots")
+        self.hidden_dim = hidden_dim
+        self.slots = memory_slots
+        self.width = slot_dim
+        self.heads = read_heads
+        self.decay = decay
+        self.strength = strength
+        self.delayed_key = delayed_key
         self.sizes = [slot_dim] * (2 if delayed_key else 1) + [1, 1]  # key, (what to add,) gate, strength
         self.inputs = nn.Linear(input_dim, 4 * hidden_dim)
         self.recurrent = nn.Linear(hidden_dim + read_heads * slot_dim, 4 * hidden_dim, bias=False)
@@ -378,13 +425,24 @@ class MANNCell(nn.Module):
         with torch.no_grad():
             self.to_heads.bias.zero_()  # a bias in the keys would make all of them alike
             self.inputs.bias[hidden_dim : 2 * hidden_dim] = forget_bias
-            if delayed_key: self.to_heads.bias.view(read_heads, -1)[:, -2] = -2.0  # at first mostly to the least used slot
+            # at first mostly to the least used slot
+            if delayed_key: self.to_heads.bias.view(read_heads, -1)[:, -2] = -2.0
 
     def init_state(self, batch: int) -> MANNState:
         "Empty memory, nothing used."
         zeros = lambda *s: self.inputs.weight.new_zeros(batch, *s)
-        r, n, w = self.heads, self.slots, self.width
-        return MANNState(zeros(self.hidden_dim), zeros(self.hidden_dim), zeros(n, w), zeros(n), zeros(r, n), zeros(r * w), zeros(r, w))
+        r = self.heads
+        n = self.slots
+        w = self.width
+        return MANNState(
+            zeros(self.hidden_dim),
+            zeros(self.hidden_dim),
+            zeros(n, w),
+            zeros(n),
+            zeros(r, n),
+            zeros(r * w),
+            zeros(r, w),
+        )
 
     def forward(self, x: Tensor, state: MANNState) -> tuple[Tensor, MANNState]:
         "One step: x is (b, d), the output (b, hidden_dim + r*w)."
@@ -394,11 +452,14 @@ class MANNCell(nn.Module):
         "One step from the projected input (b, 4*hidden_dim). Santoro et al. 2016, eqs. 2-8."
         hidden, cell = _lstm(x + self.recurrent(torch.cat([s.hidden, s.reads], -1)), s.cell)
         parts = self.to_heads(hidden).unflatten(-1, (self.heads, -1)).split(self.sizes, -1)
-        keys, gate, strength = parts[0].tanh(), parts[-2].squeeze(-1).sigmoid(), F.softplus(parts[-1].squeeze(-1) + self.strength)
+        keys = parts[0].tanh()
+        gate = parts[-2].squeeze(-1).sigmoid()
+        strength = F.softplus(parts[-1].squeeze(-1) + self.strength)
         content = s.keys + parts[1].tanh() if self.delayed_key else keys  # (b, r, w) what to write
         unused = least_used(s.usage, self.heads)  # (b, r, n)
         write = interpolate(s.weights, unused, gate)  # eq. 7
-        memory = s.memory * (1 - unused.sum(-2)).unsqueeze(-1) + write.mT @ content  # eq. 8, after clearing the least used
+        # eq. 8, after clearing the least used
+        memory = s.memory * (1 - unused.sum(-2)).unsqueeze(-1) + write.mT @ content
         weights = content_weights(keys, memory, strength)  # eqs. 2-3
         reads = read(memory, weights).flatten(-2)  # eq. 4
         usage = self.decay * s.usage + (weights + write).sum(-2)  # eq. 5
@@ -416,9 +477,11 @@ class MANN(nn.Module):
     def forward(self, x: Tensor, state: MANNState | None = None) -> tuple[Tensor, MANNState]:
         "Scores for every step, and the state after the last."
         if x.dim() != 3: raise ValueError(f"expected a batch of sequences (b, t, d), got {tuple(x.shape)}")
-        state, outputs = self.cell.init_state(len(x)) if state is None else state, []
+        state = self.cell.init_state(len(x)) if state is None else state
+        outputs = []
         for step in self.cell.inputs(x).unbind(1):  # the input's projection, for all steps at once
-            y, state = self.cell.step(step, state); outputs.append(y)
+            y, state = self.cell.step(step, state)
+            outputs.append(y)
         return self.out(torch.stack(outputs, 1)), state
 
 # %% ../../nbs/04_meta.ipynb #b23d4bb4
@@ -427,7 +490,8 @@ class LSTMClassifier(nn.Module):
 
     def __init__(self, input_dim: int, classes: int, hidden_dim: int = 200):
         super().__init__()
-        self.lstm, self.out = nn.LSTM(input_dim, hidden_dim, batch_first=True), nn.Linear(hidden_dim, classes)
+        self.lstm = nn.LSTM(input_dim, hidden_dim, batch_first=True)
+        self.out = nn.Linear(hidden_dim, classes)
 
     def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         "Scores for every step, and the state after the last."
@@ -445,7 +509,9 @@ def by_instance(
     seed: int = 10_000,
 ) -> list[float]:  # accuracy at instance 1 ... each
     "How often the n-th picture of a class is named rightly."
-    g, right, shown = torch.Generator().manual_seed(seed), torch.zeros(each), torch.full((each,), 32.0 * batches * classes)
+    g = torch.Generator().manual_seed(seed)
+    right = torch.zeros(each)
+    shown = torch.full((each,), 32.0 * batches * classes)
     for _ in range(batches):
         e = sequences(images, classes, each, 32, g)
         hit = model(with_labels(e.x, e.y, classes))[0].argmax(-1) == e.y
@@ -466,14 +532,25 @@ def train_sequences(
     each_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> nn.Module:
     "Train a sequence classifier to learn within an episode."
-    g, optimizer = torch.Generator().manual_seed(seed), torch.optim.Adam(model.parameters(), lr)
+    g = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr)
     schedule = _annealed(optimizer, updates)
     for i in range(updates):
-        e = sequences(images, classes, short if i < 0.7 * updates else 10, batch, g, same=max(0.0, 1 - i / warm_up) if warm_up else 0.0)
+        e = sequences(
+            images,
+            classes,
+            short if i < 0.7 * updates else 10,
+            batch,
+            g,
+            same=max(0.0, 1 - i / warm_up) if warm_up else 0.0,
+        )
         scores = model(with_labels(jitter(e.x, g), e.y, classes))[0]
         loss = F.cross_entropy(scores.flatten(0, 1), e.y.flatten())
-        optimizer.zero_grad(); loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 10.0); optimizer.step(); schedule.step()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        optimizer.step()
+        schedule.step()
         each_step(i + 1, loss.item())
     return model
 
@@ -487,12 +564,17 @@ def sequence_unit(
     device: str | torch.device = "cpu",
 ) -> dict[str, float]:
     "Train on 1,200 characters, test on the other 423: accuracy by instance, and at the second instance along the way."
-    train, test = torch.cat([images["train"], images["val"]]).to(device), images["test"].to(device)
-    set_seed(seed); d, start, curve = train.shape[-1] * train.shape[-2] + classes, time.process_time(), {}
+    train = torch.cat([images["train"], images["val"]]).to(device)
+    test = images["test"].to(device)
+    set_seed(seed)
+    d = train.shape[-1] * train.shape[-2] + classes
+    start = time.process_time()
+    curve = {}
     if kind == "lstm": model = LSTMClassifier(d, classes)
     else: model = MANN(d, classes, **({"delayed_key": False, "strength": 1.0} if kind == "paper_form" else {}))
     def watch(step: int, loss: float):
-        if step % max(1, updates // 8) == 0: curve[f"second_at_{16 * step}"] = by_instance(model, test, classes, 10, batches=4)[1]
+        if step % max(1, updates // 8) == 0:
+            curve[f"second_at_{16 * step}"] = by_instance(model, test, classes, 10, batches=4)[1]
     train_sequences(model.to(device), train, classes, updates, seed=seed, each_step=watch)
     scores = {f"instance_{i + 1}": a for i, a in enumerate(by_instance(model, test, classes))}
     return scores | curve | {"cpu_s": time.process_time() - start}
@@ -521,24 +603,33 @@ class KeyStore(nn.Module):
             raise ValueError(f"key_dim and memory_slots must be at least 1, got {key_dim} and {memory_slots}")
         self.register_buffer("keys", torch.zeros(memory_slots, key_dim))  # of length 1, or 0 where empty
         self.register_buffer("values", torch.full((memory_slots,), -1))  # labels; -1 = empty
-        self.register_buffer("ages", torch.zeros(memory_slots, dtype=torch.long))  # writes since the slot was last touched
+        # writes since the slot was last touched
+        self.register_buffer("ages", torch.zeros(memory_slots, dtype=torch.long))
 
     def clear(self) -> None:
         "Forget everything."
-        self.keys.zero_(); self.values.fill_(-1); self.ages.zero_()
+        self.keys.zero_()
+        self.values.fill_(-1)
+        self.ages.zero_()
 
     @torch.no_grad()
     def write(self, q: Tensor, y: Tensor, nearest: Tensor) -> None:
         "Right: average queries q (b, w) into their nearest key. Wrong: take the oldest slot, one each. Kaiser et al. 2017, section 2."
         if len(y) > len(self.values):
-            raise ValueError(f"a batch of {len(y)} does not fit into {len(self.values)} slots: use smaller batches or more slots")
-        hit, q = self.values[nearest] == y, q.to(self.keys.dtype)
+            raise ValueError(
+                f"a batch of {len(y)} does not fit into {len(self.values)} slots: use smaller batches or more slots"
+            )
+        hit = self.values[nearest] == y
+        q = q.to(self.keys.dtype)
         slots = nearest[hit]
         self.ages += 1
         self.keys.index_add_(0, slots, q[hit])  # several queries may confirm the same key
-        self.keys[slots], self.ages[slots] = unit(self.keys[slots]), 0
+        self.keys[slots] = unit(self.keys[slots])
+        self.ages[slots] = 0
         new = _oldest(self.values, self.ages, slots, len(y) - len(slots))
-        self.keys[new], self.values[new], self.ages[new] = q[~hit], y[~hit], 0
+        self.keys[new] = q[~hit]
+        self.values[new] = y[~hit]
+        self.ages[new] = 0
 
 # %% ../../nbs/04_meta.ipynb #63eab1df
 class RareEventMemory(KeyStore):
@@ -553,7 +644,9 @@ class RareEventMemory(KeyStore):
         temperature: float = 40.0,  # inverse, of the confidence
     ):
         super().__init__(key_dim, memory_slots)
-        self.neighbours, self.margin, self.temperature = min(neighbours, memory_slots), margin, temperature
+        self.neighbours = min(neighbours, memory_slots)
+        self.margin = margin
+        self.temperature = temperature
 
     def forward(
         self,
@@ -576,23 +669,28 @@ class RareEventMemory(KeyStore):
     def loss(self, scores: Tensor, y: Tensor) -> Tensor:
         "Nearest right key against nearest wrong key; 0 where either is missing. Kaiser et al. 2017, section 2."
         same = self.values == y.unsqueeze(-1)
-        right, wrong = scores.masked_fill(~same, -2.0).amax(-1), scores.masked_fill(same, -2.0).amax(-1)
+        right = scores.masked_fill(~same, -2.0).amax(-1)
+        wrong = scores.masked_fill(same, -2.0).amax(-1)
         return (F.relu(wrong - right + self.margin) * ((right > -2) & (wrong > -2))).mean()
 
     def _check(self, query: Tensor, y: Tensor | None) -> None:
         "Refuse what would be written wrongly."
         n, w = self.keys.shape
-        if query.dim() != 2 or query.shape[1] != w: raise ValueError(f"expected queries (b, {w}), got {tuple(query.shape)}")
+        if query.dim() != 2 or query.shape[1] != w:
+            raise ValueError(f"expected queries (b, {w}), got {tuple(query.shape)}")
         check_finite(query=query)
         if y is None: return
         if y.shape != query.shape[:1] or y.is_floating_point():
             raise ValueError(f"expected {len(query)} integer labels, got {tuple(y.shape)} {y.dtype}")
-        if len(y) and y.min() < 0: raise ValueError(f"labels must be 0 or more, got {int(y.min())}: -1 marks an empty slot")
+        if len(y) and y.min() < 0:
+            raise ValueError(f"labels must be 0 or more, got {int(y.min())}: -1 marks an empty slot")
 
 # %% ../../nbs/04_meta.ipynb #e477f280
 def conv_encoder(channels: int = 64, blocks: int = 4) -> nn.Sequential:
     "The usual few-shot encoder: 3x3 convolution, batch normalisation, ReLU, 2x2 pooling. Vinyals et al. 2016; Snell et al. 2017."
-    block = lambda i: nn.Sequential(nn.Conv2d(i, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(), nn.MaxPool2d(2))
+    block = lambda i: nn.Sequential(
+        nn.Conv2d(i, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(), nn.MaxPool2d(2)
+    )
     return nn.Sequential(*(block(channels if i else 1) for i in range(blocks)), nn.Flatten())
 
 # %% ../../nbs/04_meta.ipynb #c6ea22f8
@@ -616,7 +714,8 @@ class ProtoNet(nn.Module):
     ) -> Tensor:  # (b, q, ways) scores: minus the squared distance to each prototype
         s, q = embed(self.encoder, torch.cat([support_x, query_x], 1)).split([support_x.shape[1], query_x.shape[1]], 1)
         member = F.one_hot(support_y).to(s.dtype)  # (b, s, ways)
-        if not (count := member.sum(1)).all(): raise ValueError("a class has no support example: give each of the ways at least one shot")
+        if not (count := member.sum(1)).all():
+            raise ValueError("a class has no support example: give each of the ways at least one shot")
         prototypes = member.mT @ s / count.unsqueeze(-1)  # (b, ways, d)
         return -torch.cdist(q, prototypes).square()
 
@@ -648,7 +747,9 @@ def few_shot_accuracy(
     seed: int = 10_000,
 ) -> float:
     "Share of queries that are named rightly."
-    g, hits, each = torch.Generator().manual_seed(seed), 0.0, 20
+    g = torch.Generator().manual_seed(seed)
+    hits = 0.0
+    each = 20
     for _ in range(tasks // each):
         e = episodes(images, ways, shots, 5, each, g, rotate=True)
         hits += (predict(e.support_x, e.support_y, e.query_x) == e.query_y).float().mean().item()
@@ -665,17 +766,23 @@ def train_few_shot(
     seed: int = 0,
 ) -> nn.Module:
     "Train an encoder on one-shot tasks with five queries a class, for prototypes or for the memory's margin loss."
-    g, optimizer = torch.Generator().manual_seed(seed), torch.optim.Adam(encoder.parameters(), lr)
-    schedule, proto = _annealed(optimizer, updates), ProtoNet(encoder)
+    g = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(encoder.parameters(), lr)
+    schedule = _annealed(optimizer, updates)
+    proto = ProtoNet(encoder)
     memory = RareEventMemory(encoder(images[:2, 0].unsqueeze(1)).shape[-1], ways).to(images.device)
     for _ in range(updates):
         e = episodes(images, ways, 1, 5, 1, g, rotate=True)
         if kind == "proto": loss = F.cross_entropy(proto(e.support_x, e.support_y, e.query_x)[0], e.query_y[0])
         else:
             s, q = embed(encoder, torch.cat([e.support_x, e.query_x], 1))[0].split([ways, 5 * ways])
-            memory.clear(); memory(s, e.support_y[0])
+            memory.clear()
+            memory(s, e.support_y[0])
             loss = memory(q, e.query_y[0], write=False).loss
-        optimizer.zero_grad(); loss.backward(); optimizer.step(); schedule.step()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
     return encoder
 
 # %% ../../nbs/04_meta.ipynb #3b68b130
@@ -688,12 +795,22 @@ def few_shot_unit(
     device: str | torch.device = "cpu",
 ) -> dict[str, float]:
     "Train on 1,200 characters, test on the other 423: 5-way and 20-way, one and five shots."
-    train, test = torch.cat([images["train"], images["val"]]).to(device), images["test"].to(device)
-    set_seed(seed); start = time.process_time()
+    train = torch.cat([images["train"], images["val"]]).to(device)
+    test = images["test"].to(device)
+    set_seed(seed)
+    start = time.process_time()
     encoder = train_few_shot(kind, conv_encoder(channels).to(device), train, updates, seed=seed).eval()
-    memory, proto = RareEventMemory(encoder(test[:1, :1]).shape[-1], 128).to(device), ProtoNet(encoder)
-    predict = (lambda *task: proto(*task).argmax(-1)) if kind == "proto" else (lambda *task: recall_tasks(encoder, memory, *task))
-    score = {f"{w}w{s}s": few_shot_accuracy(predict, test, w, s, tasks=600 if w == 5 else 200) for w, s in ((5, 1), (5, 5), (20, 1))}
+    memory = RareEventMemory(encoder(test[:1, :1]).shape[-1], 128).to(device)
+    proto = ProtoNet(encoder)
+    predict = (
+        (lambda *task: proto(*task).argmax(-1))
+        if kind == "proto"
+        else (lambda *task: recall_tasks(encoder, memory, *task))
+    )
+    score = {
+        f"{w}w{s}s": few_shot_accuracy(predict, test, w, s, tasks=600 if w == 5 else 200)
+        for w, s in ((5, 1), (5, 5), (20, 1))
+    }
     return score | {"cpu_s": time.process_time() - start}
 
 # %% ../../nbs/04_meta.ipynb #81099c7a
@@ -708,8 +825,10 @@ def omniglot(
     device: str = "auto",
 ) -> dict:
     "Accuracy by instance of `mann`, `lstm`, `paper_form` (5 classes) and `mann15`; `proto` and `rare` at 5w1s, 5w5s, 20w1s."
-    d, metrics = pick_device(device), {}
-    small, large = load_omniglot_vinyals(20), load_omniglot_vinyals(28)
+    d = pick_device(device)
+    metrics = {}
+    small = load_omniglot_vinyals(20)
+    large = load_omniglot_vinyals(28)
     def collect(name: str, key: str, n: int, unit: Callable[[int], dict]):
         rows = [run.unit(f"{key}.seed{s}", lambda: unit(s)) for s in range(n)]
         metrics.update({f"{name}.{k}": v for k, v in over_seeds(rows).items()})
@@ -717,5 +836,6 @@ def omniglot(
     collect("lstm", "lstm5", seeds, lambda s: sequence_unit("lstm", small, 5, s, updates, d))
     collect("paper_form", "paper_form5", seeds, lambda s: sequence_unit("paper_form", small, 5, s, many_updates, d))
     collect("mann15", "mann15", seeds, lambda s: sequence_unit("mann", small, 15, s, many_updates, d))
-    for kind in ("proto", "rare"): collect(kind, kind, seeds, lambda s: few_shot_unit(kind, large, s, few_shot_updates, device=d))
+    for kind in ("proto", "rare"):
+        collect(kind, kind, seeds, lambda s: few_shot_unit(kind, large, s, few_shot_updates, device=d))
     return metrics

@@ -11,7 +11,9 @@ import time
 from collections import deque
 from itertools import cycle
 from typing import Callable, NamedTuple
-import numpy as np, torch
+
+import numpy as np
+import torch
 from torch import Tensor
 
 # %% ../../nbs/03_replay.ipynb #cf5bcb68
@@ -20,7 +22,9 @@ def _check_rows(rows: dict, held: dict) -> tuple[dict, int]:
     rows = {k: torch.as_tensor(v).detach() for k, v in rows.items()}
     if not rows: raise ValueError("extend: expected at least one tensor, got none")
     if held and rows.keys() != held.keys():
-        raise ValueError(f"extend: this buffer holds the fields {list(held)}, got {list(rows)}; give every batch the same fields")
+        raise ValueError(
+            f"extend: this buffer holds the fields {list(held)}, got {list(rows)}; give every batch the same fields"
+        )
     for k, v in rows.items():
         want = held[k] if held else v
         if v.ndim == 0 or held and v.shape == want.shape[1:]:
@@ -29,18 +33,22 @@ def _check_rows(rows: dict, held: dict) -> tuple[dict, int]:
             raise ValueError(f"extend: field {k!r} holds {want.dtype} rows of shape {tuple(want.shape[1:])}, "
                              f"got {v.dtype} {tuple(v.shape[1:])}; convert it first")
     sizes = [len(v) for v in rows.values()]
-    if min(sizes) < max(sizes): raise ValueError(f"extend: fields must have the same number of rows, got {dict(zip(rows, sizes))}")
+    if min(sizes) < max(sizes):
+        raise ValueError(f"extend: fields must have the same number of rows, got {dict(zip(rows, sizes))}")
     return rows, sizes[0]
 
 # %% ../../nbs/03_replay.ipynb #3630a78f
 class Store:
     "Rows of several tensors, allocated by the first write"
     def __init__(self,
-        capacity: int, # rows
-        device: torch.device | str | None = None, # where the rows lie; default: where the first batch lies
+        capacity: int,  # rows
+        device: torch.device | str | None = None,  # where the rows lie; default: where the first batch lies
     ):
-        if not isinstance(capacity, int) or capacity < 1: raise ValueError(f"capacity: expected a whole number ≥ 1, got {capacity!r}")
-        self.capacity, self.device, self.data = capacity, device, {}
+        if not isinstance(capacity, int) or capacity < 1:
+            raise ValueError(f"capacity: expected a whole number ≥ 1, got {capacity!r}")
+        self.capacity = capacity
+        self.device = device
+        self.data = {}
 
     def write(self, slots: Tensor, rows: dict[str | int, Tensor]):
         "Copy `rows` into `slots`, which must not repeat"
@@ -57,10 +65,10 @@ class Store:
 
 # %% ../../nbs/03_replay.ipynb #ba630de9
 def ring(
-    n: int, # items in the batch
-    seen: int, # items before it
-    capacity: int, # slots
-) -> tuple[slice, np.ndarray]: # rows to store, and their slots
+    n: int,  # items in the batch
+    seen: int,  # items before it
+    capacity: int,  # slots
+) -> tuple[slice, np.ndarray]:  # rows to store, and their slots
     "Keep the newest `capacity` items"
     skip = max(0, n - capacity)
     return slice(skip, n), (seen + np.arange(skip, n)) % capacity
@@ -72,11 +80,11 @@ def _uniform(n: int, generator: torch.Generator) -> np.ndarray:
 
 # %% ../../nbs/03_replay.ipynb #edb00848
 def reservoir(
-    n: int, # items in the batch
-    seen: int, # items before it
-    capacity: int, # slots
-    generator: torch.Generator, # source of the draws
-) -> tuple[np.ndarray, np.ndarray]: # rows to store, and their slots
+    n: int,  # items in the batch
+    seen: int,  # items before it
+    capacity: int,  # slots
+    generator: torch.Generator,  # source of the draws
+) -> tuple[np.ndarray, np.ndarray]:  # rows to store, and their slots
     "Keep a uniform sample of everything seen (Vitter 1985, algorithm R), a batch at a time"
     t = seen + np.arange(1, n + 1)
     slots = np.where(t <= capacity, t - 1, (_uniform(n, generator) * t).astype(np.int64))
@@ -86,19 +94,22 @@ def reservoir(
 
 # %% ../../nbs/03_replay.ipynb #a8973c43
 def fair_shares(
-    seen: np.ndarray, # (classes,) items met of each class
-    capacity: int, # slots
-) -> np.ndarray: # (classes,) slots for each class
+    seen: np.ndarray,  # (classes,) items met of each class
+    capacity: int,  # slots
+) -> np.ndarray:  # (classes,) slots for each class
     "Equal room per class, and never more than a class has items"
     if seen.sum() <= capacity: return seen.copy()
     s = np.sort(seen)
     level = (capacity - (s.cumsum() - s)) // np.arange(len(s), 0, -1)
     q = level[np.argmax(s > level)]
-    share, more = np.minimum(seen, q), seen > q
+    share = np.minimum(seen, q)
+    more = seen > q
     return share + (more & (more.cumsum() <= capacity - share.sum()))
 
 # %% ../../nbs/03_replay.ipynb #93560a61
-def _cut(keys: np.ndarray, owner: np.ndarray, held: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _cut(
+    keys: np.ndarray, owner: np.ndarray, held: np.ndarray, share: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Cut the end of every class's run from `held` to `share` items: keys and owners that stay, slots that come free"
     over = held - share
     out = np.arange(over.sum()) + np.repeat(held.cumsum() - over.cumsum(), over)
@@ -115,39 +126,51 @@ def _limits(keys: np.ndarray, held: np.ndarray, seen: np.ndarray) -> np.ndarray:
 class ClassBalanced:
     "Equal room per class, and of each class a uniform sample"
     def __init__(self,
-        capacity: int, # slots
+        capacity: int,  # slots
     ):
         self.capacity = capacity
-        self.seen = self.held = self.limit = np.zeros(0, np.int64) # (classes,) items met, items held, admission limit
-        self.keys = self.slots = np.zeros(0, np.int64)             # (items,) class and key in one number, ascending; where the item lies
+        self.seen = self.held = self.limit = np.zeros(0, np.int64)  # (classes,) items met, items held, admission limit
+        # (items,) class and key in one number, ascending; where the item lies
+        self.keys = self.slots = np.zeros(0, np.int64)
 
     def check(self, labels: Tensor) -> np.ndarray:
         "Refuse labels that are no classes"
         if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
-            raise ValueError(f"class_balanced: expected one whole number per row as label, got {labels.dtype} {tuple(labels.shape)}")
+            raise ValueError(
+                f"class_balanced: expected one whole number per row as label, got {labels.dtype} {tuple(labels.shape)}"
+            )
         labels = labels.cpu().numpy().astype(np.int64)
         if len(labels) and not 0 <= labels.min() <= labels.max() < 2**20:
-            raise ValueError(f"class_balanced: expected labels from 0 to {2**20 - 1}, got {labels.min()} to {labels.max()}")
+            raise ValueError(
+                f"class_balanced: expected labels from 0 to {2**20 - 1}, got {labels.min()} to {labels.max()}"
+            )
         return labels
 
     def place(self,
-        labels: np.ndarray, # (b,) class of each row
-        generator: torch.Generator, # source of the keys
-    ) -> tuple[np.ndarray, np.ndarray]: # rows to store, and their slots
+        labels: np.ndarray,  # (b,) class of each row
+        generator: torch.Generator,  # source of the keys
+    ) -> tuple[np.ndarray, np.ndarray]:  # rows to store, and their slots
         "Admit a batch, evict what no longer fits"
         keys = (labels << 40) | torch.randint(2**40, (len(labels),), generator=generator).numpy()
         room = max(0, int(labels.max()) + 1 - len(self.seen))
-        self.held, self.limit = np.pad(self.held, (0, room)), np.pad(self.limit, (0, room), constant_values=2**62)
+        self.held = np.pad(self.held, (0, room))
+        self.limit = np.pad(self.limit, (0, room), constant_values=2**62)
         self.seen = np.pad(self.seen, (0, room)) + np.bincount(labels, minlength=len(self.seen) + room)
         rows = np.flatnonzero(keys < self.limit[labels])
         if not len(rows): return rows, rows
-        rows, used, share = rows[keys[rows].argsort()], len(self.slots), fair_shares(self.seen, self.capacity)
-        at, held = self.keys.searchsorted(keys[rows]), self.held + np.bincount(labels[rows], minlength=len(self.held))
-        keys, owner = np.insert(self.keys, at, keys[rows]), np.insert(self.slots, at, ~rows) # ~row: still without a slot
+        rows = rows[keys[rows].argsort()]
+        used = len(self.slots)
+        share = fair_shares(self.seen, self.capacity)
+        at = self.keys.searchsorted(keys[rows])
+        held = self.held + np.bincount(labels[rows], minlength=len(self.held))
+        keys = np.insert(self.keys, at, keys[rows])
+        owner = np.insert(self.slots, at, ~rows)  # ~row: still without a slot
         self.keys, self.slots, freed = _cut(keys, owner, held, share)
-        self.held, self.limit = share, _limits(self.keys, share, self.seen)
+        self.held = share
+        self.limit = _limits(self.keys, share, self.seen)
         new = np.flatnonzero(self.slots < 0)
-        rows, slots = ~self.slots[new], np.r_[freed, used:self.capacity][:len(new)]
+        rows = ~self.slots[new]
+        slots = np.r_[freed, used:self.capacity][:len(new)]
         self.slots[new] = slots
         return rows, slots
 
@@ -155,22 +178,27 @@ class ClassBalanced:
 class SumTree:
     "Numbers that can be changed, and searched by their running sum, a batch at a time"
     def __init__(self,
-        capacity: int, # entries, all zero at first
-        width: int = 16, # children of a node
-        flat: int = 16_384, # the top level holds at most this many sums
+        capacity: int,  # entries, all zero at first
+        width: int = 16,  # children of a node
+        flat: int = 16_384,  # the top level holds at most this many sums
     ):
-        self.width, self._running, depth = width, None, 0
-        while capacity > flat: capacity, depth = -(-capacity // width), depth + 1
-        self.levels = [np.zeros(capacity * width**d) for d in range(depth + 1)] # from the top to the entries
-        self.nodes = [l.reshape(-1, width) for l in self.levels[1:]] # the same numbers, a row per node
+        self.width = width
+        self._running = None
+        depth = 0
+        while capacity > flat:
+            capacity = -(-capacity // width)
+            depth = depth + 1
+        self.levels = [np.zeros(capacity * width**d) for d in range(depth + 1)]  # from the top to the entries
+        self.nodes = [l.reshape(-1, width) for l in self.levels[1:]]  # the same numbers, a row per node
 
     def __getitem__(self, idx: np.ndarray) -> np.ndarray: return self.levels[-1][idx]
     def update(self,
-        idx: np.ndarray, # (b,) entries; of an entry that repeats, the last value counts
-        value: np.ndarray, # (b,) new values, finite and ≥ 0
+        idx: np.ndarray,  # (b,) entries; of an entry that repeats, the last value counts
+        value: np.ndarray,  # (b,) new values, finite and ≥ 0
     ):
         "Set entries, and the sums above them"
-        self.levels[-1][idx], self._running = value, None
+        self.levels[-1][idx] = value
+        self._running = None
         for above, nodes in zip(self.levels[-2::-1], self.nodes[::-1]):
             idx = idx // self.width
             above[idx] = nodes.take(idx, 0).sum(1)
@@ -182,19 +210,22 @@ class SumTree:
 
 # %% ../../nbs/03_replay.ipynb #78f8abaa
 def _find(self: SumTree,
-    mass: np.ndarray, # (b,) numbers in [0, total)
-) -> np.ndarray: # (b,) the entry on whose stretch of the running sum each number falls
+    mass: np.ndarray,  # (b,) numbers in [0, total)
+) -> np.ndarray:  # (b,) the entry on whose stretch of the running sum each number falls
     "Search for all numbers at once, level by level"
-    run, below_one, first = self.running(), 1 - 2**-52, np.arange(len(mass)) * self.width
+    run = self.running()
+    below_one = 1 - 2**-52
+    first = np.arange(len(mass)) * self.width
     at = i = run.searchsorted(np.minimum(mass, run[-1] * below_one), "right")
     for above, nodes in zip(self.levels, self.nodes):
         mass = mass - run.take(at)
         mass += above.take(i)
         np.maximum(mass, 0, out=mass)
-        run = torch.from_numpy(nodes.take(i, 0)).cumsum_(1).numpy() # torch's running sum is the faster one
+        run = torch.from_numpy(nodes.take(i, 0)).cumsum_(1).numpy()  # torch's running sum is the faster one
         inside = run[:, -1] * below_one
         child = (run > np.minimum(mass, inside, out=inside)[:, None]).argmax(1)
-        at, i = first + child, i * self.width
+        at = first + child
+        i = i * self.width
         i += child
     return i
 
@@ -202,10 +233,10 @@ SumTree.find = _find
 
 # %% ../../nbs/03_replay.ipynb #e7db6a54
 def _medians(
-    calls: dict[str, Callable | tuple], # name -> function, or (untimed preparation, function)
-    repeats: int, # timed calls of each
-    block: int = 10, # calls in a row, of which the first is not counted
-) -> dict[str, float]: # name -> µs a call
+    calls: dict[str, Callable | tuple],  # name -> function, or (untimed preparation, function)
+    repeats: int,  # timed calls of each
+    block: int = 10,  # calls in a row, of which the first is not counted
+) -> dict[str, float]:  # name -> µs a call
     "Median time of each call, in blocks that take turns"
     times = {k: [] for k in calls}
     for _ in range(-(-repeats // (block - 1))):
@@ -222,25 +253,30 @@ def _medians(
 class Priorities(SumTree):
     "Proportional prioritisation (Schaul et al. 2016, section 3.3): p = (δ + ε)^α"
     def __init__(self,
-        capacity: int, # entries
-        alpha: float = .6, # 0: uniform; 1: in proportion to the priority
-        eps: float = 1e-6, # keeps items without error in play
+        capacity: int,  # entries
+        alpha: float = .6,  # 0: uniform; 1: in proportion to the priority
+        eps: float = 1e-6,  # keeps items without error in play
     ):
-        if not (alpha >= 0 and eps >= 0): raise ValueError(f"expected alpha ≥ 0 and eps ≥ 0, got alpha={alpha}, eps={eps}")
+        if not (alpha >= 0 and eps >= 0):
+            raise ValueError(f"expected alpha ≥ 0 and eps ≥ 0, got alpha={alpha}, eps={eps}")
         super().__init__(capacity)
-        self.alpha, self.eps, self.largest = alpha, eps, 1.
+        self.alpha = alpha
+        self.eps = eps
+        self.largest = 1.
 
     def check(self,
-        priority, # (b,) errors δ ≥ 0, or None: the largest met so far
-        n: int, # b
-    ) -> np.ndarray: # (b,) p
+        priority,  # (b,) errors δ ≥ 0, or None: the largest met so far
+        n: int,  # b
+    ) -> np.ndarray:  # (b,) p
         "Refuse priorities that cannot be; raise the others to α"
         if priority is None: return np.full(n, self.largest)
         p = priority.detach().cpu().numpy() if isinstance(priority, Tensor) else np.asarray(priority)
         p = p.astype(np.float64).reshape(-1)
         if len(p) != n: raise ValueError(f"priority: expected one number per item ({n}), got {len(p)}")
         if n and not (p.min() >= 0 and p.max() < np.inf):
-            raise ValueError(f"priority: expected finite numbers ≥ 0, got {p[~((p >= 0) & (p < np.inf))][0]}; pass |error| or a loss")
+            raise ValueError(
+                f"priority: expected finite numbers ≥ 0, got {p[~((p >= 0) & (p < np.inf))][0]}; pass |error| or a loss"
+            )
         return (p + self.eps) ** self.alpha
 
     def put(self, idx: np.ndarray, p: np.ndarray):
@@ -258,10 +294,10 @@ class Priorities(SumTree):
 
 # %% ../../nbs/03_replay.ipynb #2b3fa952
 def anneal(
-    step: int, # steps done
-    steps: int, # steps until `end`
-    start: float = .4, # β at the first step
-    end: float = 1., # β from `steps` on
+    step: int,  # steps done
+    steps: int,  # steps until `end`
+    start: float = .4,  # β at the first step
+    end: float = 1.,  # β from `steps` on
 ) -> float:
     "Linear schedule for β (Schaul et al. 2016, section 3.4)"
     return end if step >= steps else start + (end - start) * max(step, 0) / steps
@@ -269,9 +305,9 @@ def anneal(
 # %% ../../nbs/03_replay.ipynb #91df3168
 class Sample(NamedTuple):
     "What a draw returns"
-    batch: tuple | dict # the fields, each (b, ...), as tuple or dict like the experiences that were stored
-    idx: Tensor # (b,) slots drawn
-    weights: Tensor # (b,) importance weights, the largest is one
+    batch: tuple | dict  # the fields, each (b, ...), as tuple or dict like the experiences that were stored
+    idx: Tensor  # (b,) slots drawn
+    weights: Tensor  # (b,) importance weights, the largest is one
 
 STRATEGIES = ("prioritised", "uniform", "reservoir", "class_balanced")
 
@@ -279,26 +315,32 @@ STRATEGIES = ("prioritised", "uniform", "reservoir", "class_balanced")
 class ReplayBuffer:
     "Experiences kept by one of four strategies, drawn in batches; slots, draws and keys come from one CPU generator"
     def __init__(self,
-        capacity: int = 5000, # experiences held at most
-        strategy: str = "prioritised", # or "uniform": newest kept; "reservoir", "class_balanced": drawn uniformly
-        alpha: float = .6, # prioritised: 0 draws uniformly, 1 in proportion to the priority
-        beta: float = .4, # prioritised: strength of the importance weights where `sample` names none
-        eps: float = 1e-6, # prioritised: added to every priority
-        label: int | str | None = None, # class_balanced: the field with the class; default 1, or "y" among named fields
-        device: torch.device | str | None = None, # where experiences lie; default: where the first one lies
-        seed: int = 0, # of the generator
-        generator: torch.Generator | None = None, # CPU generator to share instead
+        capacity: int = 5000,  # experiences held at most
+        strategy: str = "prioritised",  # or "uniform": newest kept; "reservoir", "class_balanced": drawn uniformly
+        alpha: float = .6,  # prioritised: 0 draws uniformly, 1 in proportion to the priority
+        beta: float = .4,  # prioritised: strength of the importance weights where `sample` names none
+        eps: float = 1e-6,  # prioritised: added to every priority
+        label: int | str | None = None,  # class_balanced: the field with the class; default 1, or "y" among named fields
+        device: torch.device | str | None = None,  # where experiences lie; default: where the first one lies
+        seed: int = 0,  # of the generator
+        generator: torch.Generator | None = None,  # CPU generator to share instead
     ):
-        if strategy not in STRATEGIES: raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
+        if strategy not in STRATEGIES:
+            raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
         self.config = dict(capacity=capacity, strategy=strategy, alpha=alpha, eps=eps, label=label)
-        self.capacity, self.strategy, self.beta, self.label, self.seen = capacity, strategy, beta, label, 0
+        self.capacity = capacity
+        self.strategy = strategy
+        self.beta = beta
+        self.label = label
+        self.seen = 0
         self.store = Store(capacity, device)
         self.priorities = Priorities(capacity, alpha, eps) if strategy == "prioritised" else None
         self.classes = ClassBalanced(capacity) if strategy == "class_balanced" else None
         self.generator = torch.Generator().manual_seed(seed) if generator is None else generator
 
     def __len__(self): return min(self.seen, self.capacity)
-    def __repr__(self): return f"ReplayBuffer({len(self)} of {self.capacity}, {self.strategy}, {self.nbytes / 1e6:.1f} MB)"
+    def __repr__(self):
+        return f"ReplayBuffer({len(self)} of {self.capacity}, {self.strategy}, {self.nbytes / 1e6:.1f} MB)"
 
     def push(self, experience, p: float | None = None):
         "Store one experience, a tuple, dict or tensor; `p` is its priority, by default the largest met so far"
@@ -311,17 +353,22 @@ class ReplayBuffer:
         self._extend(dict(enumerate(rows)) | named, priority)
 
     def sample(self,
-        n: int, # experiences to draw
-        beta: float | None = None, # strength of the importance weights
+        n: int,  # experiences to draw
+        beta: float | None = None,  # strength of the importance weights
     ) -> Sample:
         "Draw `n` experiences with replacement"
         if not isinstance(n, int) or n < 1: raise ValueError(f"sample: expected a whole number ≥ 1, got {n!r}")
         if not len(self): raise ValueError("sample: the buffer is empty; push or extend first")
-        if self.priorities is None: idx, weights = torch.randint(len(self), (n,), generator=self.generator), torch.ones(n)
+        if self.priorities is None:
+            idx = torch.randint(len(self), (n,), generator=self.generator)
+            weights = torch.ones(n)
         else:
             idx, weights = self.priorities.draw(n, self.beta if beta is None else beta, self.generator)
-            idx, weights = torch.from_numpy(idx), torch.from_numpy(weights.astype(np.float32))
-        if self.store.device.type != "cpu": idx, weights = idx.to(self.store.device), weights.to(self.store.device)
+            idx = torch.from_numpy(idx)
+            weights = torch.from_numpy(weights.astype(np.float32))
+        if self.store.device.type != "cpu":
+            idx = idx.to(self.store.device)
+            weights = weights.to(self.store.device)
         return Sample(self.store.read(idx), idx, weights)
 
 # %% ../../nbs/03_replay.ipynb #efdcb836
@@ -342,8 +389,8 @@ ReplayBuffer._extend = _extend
 
 # %% ../../nbs/03_replay.ipynb #eeec7390
 def _update(self: ReplayBuffer,
-    idx: Tensor, # (b,) slots, as `sample` names them
-    priority: Tensor, # (b,) errors δ ≥ 0
+    idx: Tensor,  # (b,) slots, as `sample` names them
+    priority: Tensor,  # (b,) errors δ ≥ 0
 ):
     "Give slots new priorities; the last counts where a slot repeats. Strategies without priorities take no notice"
     if self.priorities is None: return
@@ -358,7 +405,8 @@ ReplayBuffer.update = _update
 def _label(self: ReplayBuffer, rows: dict) -> Tensor:
     "The field that holds the class"
     name = self.label if self.label is not None else 1 if 0 in rows else "y"
-    if name not in rows: raise ValueError(f"class_balanced: no field {name!r} among {list(rows)}; name the class field with label=")
+    if name not in rows:
+        raise ValueError(f"class_balanced: no field {name!r} among {list(rows)}; name the class field with label=")
     return rows[name]
 ReplayBuffer._label = _label
 
@@ -378,12 +426,14 @@ def _nbytes(self: ReplayBuffer) -> int:
 ReplayBuffer.nbytes = property(_nbytes)
 
 # %% ../../nbs/03_replay.ipynb #9bb9509c
-def _arrays(o) -> dict[str, np.ndarray]: return {k: v for k, v in vars(o).items() if isinstance(v, np.ndarray)} if o else {}
+def _arrays(o) -> dict[str, np.ndarray]:
+    return {k: v for k, v in vars(o).items() if isinstance(v, np.ndarray)} if o else {}
 
 # %% ../../nbs/03_replay.ipynb #3a56d714
 def _state_dict(self: ReplayBuffer) -> dict:
     "A copy of everything: configuration, experiences, priorities or classes, generator"
-    n, pr = len(self), self.priorities
+    n = len(self)
+    pr = self.priorities
     return dict(config=dict(self.config), seen=self.seen, beta=self.beta, generator=self.generator.get_state(),
                 data={k: v[:n].clone() for k, v in self.store.data.items()},
                 priorities=dict(p=torch.tensor(pr.levels[-1][:n]), largest=pr.largest) if pr else {},
@@ -395,9 +445,12 @@ def _load_state_dict(self: ReplayBuffer, state: dict):
     differ = [k for k, v in self.config.items() if state["config"].get(k) != v]
     if differ:
         here, there = ({k: c.get(k) for k in differ} for c in (self.config, state["config"]))
-        raise ValueError(f"load_state_dict: this buffer has {here}, the state has {there}; make the buffer with the same settings")
+        raise ValueError(
+            f"load_state_dict: this buffer has {here}, the state has {there}; make the buffer with the same settings"
+        )
     self.__init__(**self.config, beta=state["beta"], device=self.store.device, generator=self.generator)
-    self.seen, n = state["seen"], torch.arange(min(state["seen"], self.capacity))
+    self.seen = state["seen"]
+    n = torch.arange(min(state["seen"], self.capacity))
     self.store.write(n, {int(k) if str(k).isdigit() else k: v for k, v in state["data"].items()})
     self.generator.set_state(state["generator"].cpu())
     if self.priorities:
@@ -405,13 +458,15 @@ def _load_state_dict(self: ReplayBuffer, state: dict):
         self.priorities.largest = state["priorities"]["largest"]
     if self.classes: vars(self.classes).update({k: v.cpu().numpy().copy() for k, v in state["classes"].items()})
 
-ReplayBuffer.state_dict, ReplayBuffer.load_state_dict = _state_dict, _load_state_dict
+ReplayBuffer.state_dict = _state_dict
+ReplayBuffer.load_state_dict = _load_state_dict
 
 # %% ../../nbs/03_replay.ipynb #f901baa0
 class _Deques:
     "The usual buffer: two deques, probabilities made anew for each draw"
     def __init__(self, items, priority):
-        self.items, self.priority = deque(maxlen=len(priority)), deque(maxlen=len(priority))
+        self.items = deque(maxlen=len(priority))
+        self.priority = deque(maxlen=len(priority))
         for item, p in zip(items, priority): self.push(item, p + 1e-6)
     def push(self, item, p): self.items.append(item), self.priority.append(p)
     def sample(self, n):
@@ -421,12 +476,15 @@ class _Deques:
 # %% ../../nbs/03_replay.ipynb #3b100d8f
 def _peers(x: Tensor, y: Tensor, priority: Tensor, n: int) -> dict[str, Callable]:
     "A draw from two deques, and one by torch.multinomial with batch and weights"
-    deques, p = _Deques(zip(x, y), priority.tolist()), (priority.double() + 1e-6) ** .6
+    deques = _Deques(zip(x, y), priority.tolist())
+    p = (priority.double() + 1e-6) ** .6
     def multinomial():
         idx = torch.multinomial(p, n, replacement=True)
         q = p.index_select(0, idx)
         return x.index_select(0, idx), y.index_select(0, idx), (q.min() / q) ** .4
-    return dict(deque=lambda: deques.sample(n), deque_push=lambda: deques.push((x[0], y[0]), 1.), multinomial=multinomial)
+    return dict(
+        deque=lambda: deques.sample(n), deque_push=lambda: deques.push((x[0], y[0]), 1.0), multinomial=multinomial
+    )
 
 # %% ../../nbs/03_replay.ipynb #fc4bdc8c
 def _flush():
@@ -446,7 +504,8 @@ def _cpprb(x: Tensor, y: Tensor, priority: Tensor, n: int, turn) -> dict[str, Ca
     try: from cpprb import PrioritizedReplayBuffer
     except ImportError: return {}
     buffer = PrioritizedReplayBuffer(len(x), {"x": {"shape": x.shape[1]}, "y": {"dtype": np.int64}}, alpha=.6)
-    x, y = x.numpy(), y.numpy()
+    x = x.numpy()
+    y = y.numpy()
     buffer.add(x=x, y=y, priorities=priority.numpy())
     return _calls("cpprb", lambda: buffer.update_priorities(*(t.numpy() for t in next(turn))),
                   lambda: buffer.sample(n, .4), lambda: buffer.add(x=x[:n], y=y[:n]))
@@ -454,16 +513,21 @@ def _cpprb(x: Tensor, y: Tensor, priority: Tensor, n: int, turn) -> dict[str, Ca
 # %% ../../nbs/03_replay.ipynb #ab53aec6
 def _ours(x: Tensor, y: Tensor, priority: Tensor, n: int, turn) -> dict[str, Callable | tuple]:
     "Our calls, and the uniform draw"
-    buffer, uniform = ReplayBuffer(len(x)), ReplayBuffer(len(x), "uniform")
+    buffer = ReplayBuffer(len(x))
+    uniform = ReplayBuffer(len(x), "uniform")
     buffer.extend(x, y, priority=priority), uniform.extend(x, y)
-    calls = _calls("tree", lambda: buffer.update(*next(turn)), lambda: buffer.sample(n), lambda: buffer.extend(x[:n], y[:n]))
+    calls = _calls(
+        "tree", lambda: buffer.update(*next(turn)), lambda: buffer.sample(n), lambda: buffer.extend(x[:n], y[:n])
+    )
     return calls | dict(uniform=lambda: uniform.sample(n), push=lambda: buffer.push((x[0], y[0])))
 
 # %% ../../nbs/03_replay.ipynb #46d7cfb9
 def _bench_size(size: int, batch: int, width: int, repeats: int, peers: bool) -> dict[str, float]:
     "µs a call at one size and item width"
     g = torch.Generator().manual_seed(size + width)
-    x, y, priority = torch.rand(size, width, generator=g), torch.arange(size) % 10, torch.rand(size, generator=g)
+    x = torch.rand(size, width, generator=g)
+    y = torch.arange(size) % 10
+    priority = torch.rand(size, generator=g)
     turns = [(torch.randint(size, (batch,), generator=g), torch.rand(batch, generator=g)) for _ in range(64)]
     calls = _ours(x, y, priority, batch, cycle(turns)) | _cpprb(x, y, priority, batch, cycle(turns))
     row = _medians(calls | (_peers(x, y, priority, batch) if peers else {}), repeats)
@@ -471,14 +535,16 @@ def _bench_size(size: int, batch: int, width: int, repeats: int, peers: bool) ->
 
 # %% ../../nbs/03_replay.ipynb #4596b592
 def bench_replay(
-    run=None, # experiment run: `run.unit(name, f)` stores finished parts; None just computes
-    *, sizes: tuple[int, ...] = (5_000, 100_000, 1_000_000), # entries held
-    batch: int = 128, # experiences a draw
-    widths: tuple[int, ...] = (1, 64), # floats of an item; the first is compared with all peers, the others with cpprb
-    repeats: int = 200, # rounds, of which the median is taken
-) -> dict: # flat metrics, µs a call
+    run=None,  # experiment run: `run.unit(name, f)` stores finished parts; None just computes
+    *, sizes: tuple[int, ...] = (5_000, 100_000, 1_000_000),  # entries held
+    batch: int = 128,  # experiences a draw
+    widths: tuple[int, ...] = (1, 64),  # floats of an item; the first is compared with all peers, the others with cpprb
+    repeats: int = 200,  # rounds, of which the median is taken
+) -> dict:  # flat metrics, µs a call
     "Draws, updates and additions of replay buffers, side by side on one thread"
-    unit, metrics, threads = run.unit if run else lambda name, f: f(), {}, torch.get_num_threads()
+    unit = run.unit if run else lambda name, f: f()
+    metrics = {}
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for size in sizes:
@@ -487,7 +553,8 @@ def bench_replay(
                 row = unit(at, lambda: _bench_size(size, batch, width, repeats, width == widths[0]))
                 metrics |= {f"replay.{at}.{k}_us": v for k, v in row.items()}
                 for peer in "deque", "cpprb":
-                    if peer in row: metrics[f"replay.speedup_vs_{peer}_{at.replace('.', '_')}"] = row[peer] / row["tree"]
+                    if peer in row:
+                        metrics[f"replay.speedup_vs_{peer}_{at.replace('.', '_')}"] = row[peer] / row["tree"]
     finally: torch.set_num_threads(threads)
     if run is None: print(replay_table(metrics))
     return metrics
@@ -497,7 +564,7 @@ def _size(n: int) -> str: return f"{n // 10**6}m" if n % 10**6 == 0 else f"{n //
 
 # %% ../../nbs/03_replay.ipynb #d1665cdd
 def replay_table(
-    metrics: dict, # what `bench_replay` returns
+    metrics: dict,  # what `bench_replay` returns
 ) -> str:
     "The figures as a table, µs a call, with the ratios to the peers"
     value = lambda at, k: metrics.get(f"replay.{at}.{k}_us")
@@ -507,27 +574,29 @@ def replay_table(
     names = ("deque", "multinomial", "cpprb", "tree", "uniform", "cpprb_cold", "tree_cold",
              "cpprb_update", "update", "cpprb_extend", "extend", "deque_push", "push")
     for k in names:
-        if any(value(at, k) is not None for at in ats): lines.append(f"{k:16}" + "".join(cell(value(at, k)) for at in ats))
+        if any(value(at, k) is not None for at in ats):
+            lines.append(f"{k:16}" + "".join(cell(value(at, k)) for at in ats))
     for peer in "deque", "cpprb":
         ratios = [metrics.get(f"replay.speedup_vs_{peer}_{at.replace('.', '_')}") for at in ats]
         if any(ratios): lines.append(f"{peer + ' / tree':16}" + "".join(cell(r) for r in ratios))
-    if not any(".cpprb_us" in k for k in metrics): lines.append("cpprb is not installed, so its rows are missing: pip install cpprb")
+    if not any(".cpprb_us" in k for k in metrics):
+        lines.append("cpprb is not installed, so its rows are missing: pip install cpprb")
     return "\n".join(lines)
 
 # %% ../../nbs/03_replay.ipynb #ad873fce
 class Draw(NamedTuple):
     "What prioritised replay does with a set of losses"
-    prob: np.ndarray # (n,) chance of each item in one draw
-    count: np.ndarray # (n,) how often it was drawn
-    weight: np.ndarray # (n,) its importance weight, the largest of all items being one
+    prob: np.ndarray  # (n,) chance of each item in one draw
+    count: np.ndarray  # (n,) how often it was drawn
+    weight: np.ndarray  # (n,) its importance weight, the largest of all items being one
 
 # %% ../../nbs/03_replay.ipynb #f0abe502
 def explain_draw(
-    loss: Tensor, # (n,) loss of each item
-    alpha: float = .6, # 0: uniform; 1: in proportion to the loss
-    beta: float = .4, # 0: no correction; 1: full
-    batch: int = 128, # items to draw
-    seed: int = 0, # of the draw
+    loss: Tensor,  # (n,) loss of each item
+    alpha: float = .6,  # 0: uniform; 1: in proportion to the loss
+    beta: float = .4,  # 0: no correction; 1: full
+    batch: int = 128,  # items to draw
+    seed: int = 0,  # of the draw
 ) -> Draw:
     "Sampling probabilities, one draw, and the weights"
     pr = Priorities(len(loss), alpha)
@@ -538,15 +607,17 @@ def explain_draw(
 
 # %% ../../nbs/03_replay.ipynb #7e426a0f
 def show_draw(
-    loss: Tensor, # (n,) loss of each item
-    label: Tensor, # (n,) class of each item
-    draw: Draw, # from `explain_draw`, or counted in a run
-    title: str = "", # above the figure
+    loss: Tensor,  # (n,) loss of each item
+    label: Tensor,  # (n,) class of each item
+    draw: Draw,  # from `explain_draw`, or counted in a run
+    title: str = "",  # above the figure
 ):
     "Three panels: chance of each item, share of each class held and drawn, weight against loss"
     import matplotlib.pyplot as plt
     fig, (a, b, c) = plt.subplots(1, 3, figsize=(6.5, 2.3), layout="constrained")
-    rank, hit, classes = np.argsort(-draw.prob, kind="stable"), draw.count > 0, np.arange(int(label.max()) + 1)
+    rank = np.argsort(-draw.prob, kind="stable")
+    hit = draw.count > 0
+    classes = np.arange(int(label.max()) + 1)
     a.semilogy(draw.prob[rank] * len(rank), color="#0072B2")
     a.axhline(1, color="#777777", ls="--", lw=1)
     a.set(xlabel="item, by priority", ylabel="chance (uniform = 1)", ylim=(.003, 50))

@@ -23,14 +23,20 @@ class Quadratic(Method):
     boundaries = True
     def __init__(self, lam: float):
         if not lam >= 0: raise ValueError(f"the strength is {lam}: expected 0 or more")
-        self.lam, self.omega, self.anchor = lam, None, None
+        self.lam = lam
+        self.omega = None
+        self.anchor = None
 
-    def start(self, learner: Learner) -> None: self.omega, self.anchor, self.params = None, None, learner.params
+    def start(self, learner: Learner) -> None:
+        self.omega = None
+        self.anchor = None
+        self.params = learner.params
 
     @torch.no_grad()
     def after_backward(self, learner: Learner) -> None:
         if self.omega is None: return
-        used = [(p, p.grad, a, o) for p, a, o in zip(learner.params, self.anchor, self.omega) if p.grad is not None]  # others do not move
+        # others do not move
+        used = [(p, p.grad, a, o) for p, a, o in zip(learner.params, self.anchor, self.omega) if p.grad is not None]
         params, grads, anchor, omega = map(list, zip(*used))
         away = torch._foreach_sub(params, anchor)
         torch._foreach_mul_(away, omega)
@@ -48,7 +54,8 @@ class Quadratic(Method):
 # %% ../../nbs/04c_consolidation.ipynb #398029e8
 def slow_fisher(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor]) -> list[Tensor]:
     "The same for any network, one sample and one class at a time."
-    params = [p for p in model.parameters() if p.requires_grad]; total = [torch.zeros_like(p) for p in params]
+    params = [p for p in model.parameters() if p.requires_grad]
+    total = [torch.zeros_like(p) for p in params]
     for i in range(len(x)):
         logp = forward(x[i:i + 1]).log_softmax(1)[0]
         for c in range(len(logp)):
@@ -69,12 +76,18 @@ class NoClosedForm(TypeError):
     "Gradients of single samples are not outer products here."
 
 
-def record(model: nn.Module, layers: list[nn.Linear], x: Tensor, forward: Callable) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def record(
+    model: nn.Module, layers: list[nn.Linear], x: Tensor, forward: Callable
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     "Run the network and keep what went into and came out of each layer; gradients flow to what came out, not into weights."
-    ins, outs, trained = {}, {}, [p for p in model.parameters() if p.requires_grad]
+    ins = {}
+    outs = {}
+    trained = [p for p in model.parameters() if p.requires_grad]
     def keep(m, args, out):
-        if m in outs or args[0].dim() != 2: raise NoClosedForm("a linear layer is used twice, or on more than vectors: use slow_fisher, or SI")
-        ins[m], outs[m] = args[0].detach(), out.requires_grad_()
+        if m in outs or args[0].dim() != 2:
+            raise NoClosedForm("a linear layer is used twice, or on more than vectors: use slow_fisher, or SI")
+        ins[m] = args[0].detach()
+        outs[m] = out.requires_grad_()
     for p in trained: p.requires_grad_(False)
     hooks = [m.register_forward_hook(keep) for m in layers]
     try: logits = forward(x)
@@ -92,7 +105,8 @@ def fisher(
     batch_size: int = 1024,
 ) -> list[Tensor]:  # one for each trained parameter
     "Diagonal of the Fisher information, exact: E_x Σ_c p(c|x) (∂ log p(c|x) / ∂θ)²."
-    params, forward = [p for p in model.parameters() if p.requires_grad], forward or model
+    params = [p for p in model.parameters() if p.requires_grad]
+    forward = forward or model
     if (layers := linear_layers(model, params)) is None: return slow_fisher(model, x, forward)
     total = {id(p): torch.zeros_like(p) for p in params}
     for part in x.split(batch_size):
@@ -106,7 +120,8 @@ def fisher(
 
 def _squares(logits: Tensor, outs: list[Tensor]) -> list[Tensor]:
     "Σ_c p_c δ_c² at each layer, (b, units)."
-    p, squares = logits.detach().softmax(1), [torch.zeros_like(o) for o in outs]
+    p = logits.detach().softmax(1)
+    squares = [torch.zeros_like(o) for o in outs]
     for c in range(p.shape[1]):
         g = F.one_hot(torch.full((len(p),), c, device=p.device), p.shape[1]) - p
         deltas = torch.autograd.grad(logits, outs, g * p[:, c:c + 1].sqrt(), retain_graph=c + 1 < p.shape[1])
@@ -122,17 +137,29 @@ class EWC(Quadratic):
         gamma: float = 1.0,
         samples: int | None = None,  # for the Fisher; None: all of the context
     ):
-        super().__init__(lam); self.online, self.gamma, self.samples = online, gamma, samples
+        super().__init__(lam)
+        self.online = online
+        self.gamma = gamma
+        self.samples = samples
 
     def after_context(self, learner: Learner) -> None:
         x, y, context = learner.context_data(self.samples)
-        first = lambda part: learner.stream.answer(ask(learner.model, part, context[:len(part)]), y[:len(part)], context[:len(part)])[0]
-        new, now = fisher(learner.model, x, first), [p.detach().clone() for p in learner.params]
-        if self.omega is None: self.omega, self.anchor = new, now; return
+        first = lambda part: learner.stream.answer(
+            ask(learner.model, part, context[: len(part)]), y[: len(part)], context[: len(part)]
+        )[0]
+        new = fisher(learner.model, x, first)
+        now = [p.detach().clone() for p in learner.params]
+        if self.omega is None:
+            self.omega = new
+            self.anchor = now
+            return
         if self.online: torch._foreach_mul_(self.omega, self.gamma)
         torch._foreach_add_(self.omega, new)
-        if self.online: self.anchor = now; return
-        for a, n, f, total in zip(self.anchor, now, new, self.omega): a.add_((n - a) * (f / total.clamp_min(1e-30)))  # K parabolas are one
+        if self.online:
+            self.anchor = now
+            return
+        # K parabolas are one
+        for a, n, f, total in zip(self.anchor, now, new, self.omega): a.add_((n - a) * (f / total.clamp_min(1e-30)))
 
 # %% ../../nbs/04c_consolidation.ipynb #68e57c3f
 class SI(Quadratic):
@@ -140,21 +167,26 @@ class SI(Quadratic):
     def __init__(self,
         c: float = 0.1,  # strength; the penalty is c Σ Ω (θ − θ*)²
         xi: float = 0.1,  # keeps Ω finite where a parameter did not move
-    ): super().__init__(2 * c); self.xi = xi
+    ):
+        super().__init__(2 * c)
+        self.xi = xi
 
     def start(self, learner: Learner) -> None:
         super().start(learner)
         self.path = [torch.zeros_like(p) for p in learner.params]
-        self.before = [p.detach().clone() for p in learner.params]; self.origin = [p.clone() for p in self.before]
+        self.before = [p.detach().clone() for p in learner.params]
+        self.origin = [p.clone() for p in self.before]
 
     @torch.no_grad()
     def after_backward(self, learner: Learner) -> None:
-        self.grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in learner.params]  # of the loss alone
+        # of the loss alone
+        self.grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in learner.params]
         super().after_backward(learner)
 
     @torch.no_grad()
     def after_step(self, learner: Learner) -> None:
-        torch._foreach_sub_(self.before, learner.params); torch._foreach_addcmul_(self.path, self.grads, self.before)
+        torch._foreach_sub_(self.before, learner.params)
+        torch._foreach_addcmul_(self.path, self.grads, self.before)
         torch._foreach_copy_(self.before, learner.params)
 
     @torch.no_grad()
@@ -162,15 +194,19 @@ class SI(Quadratic):
         way = torch._foreach_sub(learner.params, self.origin)
         new = [w / (d.square() + self.xi) for w, d in zip(self.path, way)]
         self.omega = new if self.omega is None else torch._foreach_add(self.omega, new)
-        self.anchor = [p.detach().clone() for p in learner.params]; self.origin = self.anchor
+        self.anchor = [p.detach().clone() for p in learner.params]
+        self.origin = self.anchor
         torch._foreach_zero_(self.path)
 
-    def state_dict(self) -> dict: return super().state_dict() | {"path": self.path, "before": self.before, "origin": self.origin}
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"path": self.path, "before": self.before, "origin": self.origin}
 
 # %% ../../nbs/04c_consolidation.ipynb #d6d5669e
 class MAS(Quadratic):
     "Memory aware synapses: Ω is how much the squared length of the output moves with a parameter; no labels needed. Aljundi et al. 2018."
-    def __init__(self, lam: float = 1.0, samples: int | None = None): super().__init__(lam); self.samples = samples
+    def __init__(self, lam: float = 1.0, samples: int | None = None):
+        super().__init__(lam)
+        self.samples = samples
 
     def after_context(self, learner: Learner) -> None:
         x, _, context = learner.context_data(self.samples)
@@ -179,10 +215,14 @@ class MAS(Quadratic):
         self.anchor = [p.detach().clone() for p in learner.params]
 
 
-def sensitivity(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor] | None = None, batch_size: int = 1024) -> list[Tensor]:
+def sensitivity(
+    model: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor] | None = None, batch_size: int = 1024
+) -> list[Tensor]:
     "Mean over samples of |∂‖f(x)‖² / ∂θ|, for networks of linear layers."
-    params, forward = [p for p in model.parameters() if p.requires_grad], forward or model
-    if (layers := linear_layers(model, params)) is None: raise NoClosedForm("MAS reads linear layers only: freeze other parameters, or use EWC or SI")
+    params = [p for p in model.parameters() if p.requires_grad]
+    forward = forward or model
+    if (layers := linear_layers(model, params)) is None:
+        raise NoClosedForm("MAS reads linear layers only: freeze other parameters, or use EWC or SI")
     total = {id(p): torch.zeros_like(p) for p in params}
     for part in x.split(batch_size):
         out, ins, outs = record(model, layers, part, forward)
@@ -195,24 +235,33 @@ def sensitivity(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor]
 class LwF(Method):
     "Learning without forgetting: on new samples, the old heads must answer as before. Li & Hoiem 2017; weights of van de Ven et al. 2022."
     boundaries = True
-    def __init__(self, temperature: float = 2.0): self.temperature, self.teacher = temperature, None
+    def __init__(self, temperature: float = 2.0):
+        self.temperature = temperature
+        self.teacher = None
 
-    def start(self, learner: Learner) -> None: self.teacher, self.model = None, learner.model
+    def start(self, learner: Learner) -> None:
+        self.teacher = None
+        self.model = learner.model
     def after_context(self, learner: Learner) -> None: self.teacher = deepcopy(learner.model).eval()
 
     def loss(self, learner: Learner) -> Tensor | None:
         if self.teacher is None: return None
-        x, context, stream = learner.xs[0], learner.contexts[0], learner.stream
+        x = learner.xs[0]
+        context = learner.contexts[0]
+        stream = learner.stream
         with torch.no_grad(): old = ask(self.teacher, x, context)
         new = learner.logits[:len(x)]
-        if stream.scenario == "task": old, new = (z.view(len(x), -1, stream.classes)[:, :learner.done] for z in (old, new))
+        if stream.scenario == "task":
+            old, new = (z.view(len(x), -1, stream.classes)[:, :learner.done] for z in (old, new))
         soft = -((old / self.temperature).softmax(-1) * (new / self.temperature).log_softmax(-1)).sum(-1)
         return soft.mean(0).sum() * (learner.done if stream.scenario == "domain" else 1)
 
     def state_dict(self) -> dict: return {"teacher": None if self.teacher is None else self.teacher.state_dict()}
     def load_state_dict(self, state: dict) -> None:
         self.teacher = None
-        if state["teacher"] is not None: self.teacher = deepcopy(self.model).eval(); self.teacher.load_state_dict(state["teacher"])
+        if state["teacher"] is not None:
+            self.teacher = deepcopy(self.model).eval()
+            self.teacher.load_state_dict(state["teacher"])
 
 # %% ../../nbs/04c_consolidation.ipynb #9a23869b
 def tradeoff(
@@ -224,7 +273,9 @@ def tradeoff(
 ) -> tuple[float, float]:  # accuracy on the earlier tasks at the end, on the last task
     "Old knowledge kept and new knowledge gained by EWC on permuted digits."
     stream = permuted_stream(load_digits(), tasks, seed=seed)
-    with torch.random.fork_rng(devices=[]): torch.manual_seed(seed); net = MLP(64, 10, (hidden,))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = MLP(64, 10, (hidden,))
     R = Learner(net, methods=[EWC(10**strength)], seed=seed).fit(stream, steps=steps, batch_size=32).R
     return R[-1, :-1].mean().item(), R[-1, -1].item()
 
@@ -232,7 +283,10 @@ def tradeoff(
 def explorer(strength: float = 2.0, tasks: int = 2, hidden: int = 100, steps: int = 200):
     "The plasticity-stability explorer: two bars, from training with this strength."
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(5.5, 1.7), dpi=90, layout="constrained"); ax = fig.subplots()
-    values = tradeoff(strength, tasks, hidden, steps); bars = ax.barh(["new task learned", "old tasks kept"], values[::-1], color=["C1", "C0"])
-    ax.bar_label(bars, fmt="%.2f", padding=3); ax.set(xlim=(0, 1.1), xlabel="test accuracy", title=f"λ = 10^{strength:g}")
+    fig = Figure(figsize=(5.5, 1.7), dpi=90, layout="constrained")
+    ax = fig.subplots()
+    values = tradeoff(strength, tasks, hidden, steps)
+    bars = ax.barh(["new task learned", "old tasks kept"], values[::-1], color=["C1", "C0"])
+    ax.bar_label(bars, fmt="%.2f", padding=3)
+    ax.set(xlim=(0, 1.1), xlabel="test accuracy", title=f"λ = 10^{strength:g}")
     return fig

@@ -11,7 +11,14 @@ __all__ = ['PROTOCOLS', 'LOADERS', 'SCENARIOS', 'ENTRIES', 'VANDEVEN', 'BUZZEGA'
            'TaskMemory', 'Criterion', 'ContinualLearningTrainer', 'train_task']
 
 # %% ../../nbs/04e_continual.ipynb #057cf479
-import inspect, math, os, struct, subprocess, sys, tempfile, time
+import inspect
+import math
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +30,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .consolidation import EWC, MAS, SI, LwF, fisher, slow_fisher
+from memory_notebook.continual.families import (
+    AGEM,
+    DER,
+    DGR,
+    ER,
+    GEM,
+    SLDA,
+    GenerativeClassifier,
+    ICaRL,
+    SeparateNetworks,
+    XdG,
+)
 from ..core import content_weights, read, set_seed
 from ..data import load_digits, load_mnist
-from .families import AGEM, DER, DGR, ER, GEM, SLDA, GenerativeClassifier, ICaRL, SeparateNetworks, XdG
-from ..streams import MLP, Learner, Linear, Method, Part, Results, Stream, Walk, ask, onednn, permuted_stream, rotated_stream, split_stream
-from ..train import Run, benchmark, experiment, over_seeds
+from memory_notebook.streams import (
+    MLP,
+    Learner,
+    Linear,
+    Method,
+    Part,
+    Results,
+    Stream,
+    Walk,
+    ask,
+    onednn,
+    permuted_stream,
+    rotated_stream,
+    split_stream,
+)
+from ..runs import Run, benchmark, experiment, over_seeds
 
 # %% ../../nbs/04e_continual.ipynb #0a6f520c
 class Protocol(NamedTuple):
@@ -46,10 +78,13 @@ SCENARIOS = ("task", "domain", "class")
 class Entry(NamedTuple):
     "How a method of the table is set up."
     methods: Callable[[Stream, Protocol], list[Method]] = lambda stream, p: []
-    network: Callable[[Stream, Protocol], nn.Module] = lambda stream, p: MLP(stream.train.x[0].numel(), stream.outputs, p.hidden)
+    network: Callable[[Stream, Protocol], nn.Module] = lambda stream, p: MLP(
+        stream.train.x[0].numel(), stream.outputs, p.hidden
+    )
     scenarios: tuple[str, ...] = SCENARIOS  # where it makes sense
     together: bool = False  # all contexts at once, for as many steps as all contexts have: the upper bound
-    schedule: Callable[[Protocol], dict] = lambda p: {}  # what differs from the protocol in how long and how much a time
+    # what differs from the protocol in how long and how much a time
+    schedule: Callable[[Protocol], dict] = lambda p: {}
 
 
 def by_scenario(stream: Stream, task: float, domain: float, class_: float) -> float:
@@ -82,9 +117,15 @@ ENTRIES |= {
     "xdg": Entry(network=lambda s, p: XdG(*shape(s), p.hidden), scenarios=("task",)),
     "sepn": Entry(network=lambda s, p: SeparateNetworks(*shape(s), [h // 4 for h in p.hidden]), scenarios=("task",)),
     "icarl": Entry(lambda s, p: [ICaRL(p.memory // s.outputs)], scenarios=("class",)),
-    "slda": Entry(network=lambda s, p: SLDA(*shape(s)), scenarios=("class",), schedule=lambda p: {"steps": None, "epochs": 1}),
-    "genc": Entry(network=lambda s, p: GenerativeClassifier(*shape(s), samples=None), scenarios=("class",),
-                  schedule=lambda p: {"steps": p.steps // 2, "batch_size": 2 * p.batch_size}),  # two classes share a batch
+    "slda": Entry(
+        network=lambda s, p: SLDA(*shape(s)), scenarios=("class",), schedule=lambda p: {"steps": None, "epochs": 1}
+    ),
+    "genc": Entry(
+        network=lambda s, p: GenerativeClassifier(*shape(s), samples=None),
+        scenarios=("class",),
+        # two classes share a batch
+        schedule=lambda p: {"steps": p.steps // 2, "batch_size": 2 * p.batch_size},
+    ),
 }
 
 # %% ../../nbs/04e_continual.ipynb #f1a93d2d
@@ -96,7 +137,8 @@ def measure(
     protocol: Protocol = Protocol(),
 ) -> dict[str, Any]:  # `Results.row()` and the matrix R, as plain numbers
     "One run of one method."
-    entry, stream = ENTRIES[method], replace(split_stream(data, 5, seed), scenario=scenario)
+    entry = ENTRIES[method]
+    stream = replace(split_stream(data, 5, seed), scenario=scenario)
     set_seed(seed)
     learner = Learner(entry.network(stream, protocol), methods=entry.methods(stream, protocol), seed=seed)
     steps = protocol.steps * (len(stream) if entry.together else 1)
@@ -107,7 +149,8 @@ def measure(
 # %% ../../nbs/04e_continual.ipynb #4acacdb4
 def _chosen(given: tuple[str, ...], known: tuple[str, ...], option: str) -> tuple[str, ...]:
     "Names that exist, `all` being all of them."
-    if wrong := [g for g in given if g not in known and g != "all"]: raise ValueError(f"option {option}: there is no {', '.join(wrong)}: choose from all, {', '.join(known)}")
+    if wrong := [g for g in given if g not in known and g != "all"]:
+        raise ValueError(f"option {option}: there is no {', '.join(wrong)}: choose from all, {', '.join(known)}")
     return known if "all" in given else tuple(k for k in known if k in given)
 
 # %% ../../nbs/04e_continual.ipynb #5fc327d5
@@ -124,11 +167,21 @@ def split_mnist(
     "Accuracy, forgetting, transfer and price: `<task|domain|class>.<method>.<acc|forgetting|bwt|fwt|plasticity|online|cpu_s|nbytes ...>`."
     p = PROTOCOLS[data]
     if steps is not None: p = p._replace(steps=steps)
-    cells = [(c, m) for c in _chosen(scenarios, SCENARIOS, "scenarios") for m in _chosen(methods, tuple(ENTRIES), "methods") if c in ENTRIES[m].scenarios]
-    tensors, rows = LOADERS[data](), {cell: [] for cell in cells}
+    cells = [
+        (c, m)
+        for c in _chosen(scenarios, SCENARIOS, "scenarios")
+        for m in _chosen(methods, tuple(ENTRIES), "methods")
+        if c in ENTRIES[m].scenarios
+    ]
+    tensors = LOADERS[data]()
+    rows = {cell: [] for cell in cells}
     for s in range(seeds):
         for c, m in cells: rows[c, m].append(run.unit(f"{c}-{m}-seed{s}", lambda: measure(tensors, m, c, s, p)))
-    return {f"{c}.{m}.{k}": v for (c, m), r in rows.items() for k, v in over_seeds([{k: v for k, v in row.items() if k != "R"} for row in r]).items()}
+    return {
+        f"{c}.{m}.{k}": v
+        for (c, m), r in rows.items()
+        for k, v in over_seeds([{k: v for k, v in row.items() if k != "R"} for row in r]).items()
+    }
 
 # %% ../../nbs/04e_continual.ipynb #c864286c
 def _cells(**rows: tuple) -> dict[str, float]:
@@ -144,7 +197,8 @@ VANDEVEN = _cells(  # van de Ven, Tuytelaars & Tolias 2022, Table 2
 # %% ../../nbs/04e_continual.ipynb #afb9fb41
 def percent(acc: dict[str, Any], paper: float | None = None, points: float = 2.0) -> str:
     "Mean ± standard error over seeds, the paper's number in brackets, a star where they are further apart than `points`."
-    ours, error = 100 * acc["mean"], 100 * acc["std"] / math.sqrt(len(acc["values"]))
+    ours = 100 * acc["mean"]
+    error = 100 * acc["std"] / math.sqrt(len(acc["values"]))
     there = "" if paper is None else f" ({paper:.2f})" + "*" * (abs(ours - paper) > points)
     return f"{ours:.2f} ± {error:.2f}{there}"
 
@@ -162,35 +216,53 @@ def beside(
 # %% ../../nbs/04e_continual.ipynb #df209135
 def methods_of(metrics: dict[str, Any], scenario: str, number: str) -> list[str]:
     "Methods that have a number in a scenario."
-    found = [k[len(scenario) + 1:-len(number) - 1] for k in metrics if k.startswith(f"{scenario}.") and k.endswith(f".{number}")]
-    if not found: raise ValueError(f"no method has {number!r} in scenario {scenario!r}: give the metrics of a split-mnist run")
+    found = [
+        k[len(scenario) + 1 : -len(number) - 1]
+        for k in metrics
+        if k.startswith(f"{scenario}.") and k.endswith(f".{number}")
+    ]
+    if not found:
+        raise ValueError(f"no method has {number!r} in scenario {scenario!r}: give the metrics of a split-mnist run")
     return found
 
 
 def forgetting_bars(metrics: dict[str, Any], scenarios: tuple[str, ...] = SCENARIOS):
     "Forgetting of every method, a panel for each scenario; lines are standard deviations over seeds."
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(6.5, 3.1), dpi=90, layout="constrained"); axes = fig.subplots(1, len(scenarios), squeeze=False)[0]
+    fig = Figure(figsize=(6.5, 3.1), dpi=90, layout="constrained")
+    axes = fig.subplots(1, len(scenarios), squeeze=False)[0]
     for ax, c in zip(axes, scenarios):
         names = sorted(methods_of(metrics, c, "forgetting"), key=lambda m: -metrics[f"{c}.{m}.forgetting"]["mean"])
         values = [metrics[f"{c}.{m}.forgetting"] for m in names]
-        ax.barh(names, [v["mean"] for v in values], xerr=[v["std"] for v in values], color=["C1" if m == "none" else "C0" for m in names])
-        ax.tick_params(labelsize=7); ax.axvline(0, color="gray", lw=0.8); ax.set(xlabel="accuracy forgotten", title=f"{c}-incremental")
+        ax.barh(
+            names,
+            [v["mean"] for v in values],
+            xerr=[v["std"] for v in values],
+            color=["C1" if m == "none" else "C0" for m in names],
+        )
+        ax.tick_params(labelsize=7)
+        ax.axvline(0, color="gray", lw=0.8)
+        ax.set(xlabel="accuracy forgotten", title=f"{c}-incremental")
     return fig
 
 def cost_plot(metrics: dict[str, Any], scenario: str = "class"):
     "Accuracy against processor seconds; a dot's area is what the method keeps beside the network."
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(6, 3.2), dpi=90, layout="constrained"); ax = fig.subplots()
+    fig = Figure(figsize=(6, 3.2), dpi=90, layout="constrained")
+    ax = fig.subplots()
     groups: list[list] = []  # of neighbours, which share a label
     for m in sorted(methods_of(metrics, scenario, "cpu_s"), key=lambda m: metrics[f"{scenario}.{m}.cpu_s"]["mean"]):
         x, y, size = (metrics[f"{scenario}.{m}.{k}"]["mean"] for k in ("cpu_s", "acc", "nbytes"))
-        ax.scatter(x, y, 12 + 60 * size / 2**20, color="C1" if m in ("none", "joint") else "C0", alpha=0.6, linewidths=0)
+        ax.scatter(
+            x, y, 12 + 60 * size / 2**20, color="C1" if m in ("none", "joint") else "C0", alpha=0.6, linewidths=0
+        )
         near = next((g for g in groups if abs(g[0][1] - y) < 0.04 and x < 1.3 * g[-1][0]), None)
         if near is None: groups.append(near := [])
         near.append((x, y, m))
-    for g in groups: ax.annotate(", ".join(m for *_, m in g), (g[-1][0], g[-1][1]), (9, 5), textcoords="offset points", fontsize=7)
-    ax.set(xscale="log", xlabel="processor time (s), without tests", ylabel="mean accuracy", ylim=(0, 1.05)); ax.margins(x=0.12)
+    for g in groups:
+        ax.annotate(", ".join(m for *_, m in g), (g[-1][0], g[-1][1]), (9, 5), textcoords="offset points", fontsize=7)
+    ax.set(xscale="log", xlabel="processor time (s), without tests", ylabel="mean accuracy", ylim=(0, 1.05))
+    ax.margins(x=0.12)
     ax.set_title(f"{scenario}-incremental; area: bytes kept")
     return fig
 
@@ -205,9 +277,15 @@ class Recipe(NamedTuple):
 def recipes(buffer: int = 200) -> dict[str, Recipe]:
     "Settings for a buffer of so many samples; mammoth has them for 200, 500 and 5120."
     lr, alpha, beta = (0.1, 1.0, 1.0) if buffer < 500 else (0.2, 1.0, 0.5) if buffer < 5120 else (0.2, 0.5, 1.0)
-    return {"none": Recipe(0.2), "joint": Recipe(0.2, together=True), "oewc": Recipe(0.1, (EWC(3.0, online=True, samples=6000),)),
-            "er": Recipe(0.2, (ER(buffer, share=0.5),)), "agem": Recipe(0.1, (AGEM(buffer),)),
-            "der": Recipe(0.2, (DER(buffer, 1.0 if buffer < 5120 else 0.5),)), "derpp": Recipe(lr, (DER(buffer, alpha, beta),))}
+    return {
+        "none": Recipe(0.2),
+        "joint": Recipe(0.2, together=True),
+        "oewc": Recipe(0.1, (EWC(3.0, online=True, samples=6000),)),
+        "er": Recipe(0.2, (ER(buffer, share=0.5),)),
+        "agem": Recipe(0.1, (AGEM(buffer),)),
+        "der": Recipe(0.2, (DER(buffer, 1.0 if buffer < 5120 else 0.5),)),
+        "derpp": Recipe(lr, (DER(buffer, alpha, beta),)),
+    }
 
 
 BUZZEGA = {  # Buzzega et al. 2020, Table 2, P-MNIST, means of ten runs; buffer -> method -> percent
@@ -226,17 +304,22 @@ def measure_permuted(
     few: int = 1000,  # test images of a context while the stream goes on
 ) -> dict[str, float]:  # `Results.row()`; acc is of all test images
     "One method on permuted images."
-    recipe, stream = recipes(buffer)[method], permuted_stream(data, contexts, seed=seed)
+    recipe = recipes(buffer)[method]
+    stream = permuted_stream(data, contexts, seed=seed)
     rows = torch.randperm(len(stream.test.x), generator=torch.Generator().manual_seed(seed))[:few]
     quick = replace(stream, test=stream.test._replace(rows=(rows,) * contexts), together=recipe.together)
-    set_seed(seed); net = MLP(stream.train.x[0].numel(), stream.outputs, (100, 100))
-    for m in (m for m in net.modules() if isinstance(m, nn.Linear)): nn.init.xavier_uniform_(m.weight); nn.init.zeros_(m.bias)
+    set_seed(seed)
+    net = MLP(stream.train.x[0].numel(), stream.outputs, (100, 100))
+    for m in (m for m in net.modules() if isinstance(m, nn.Linear)):
+        nn.init.xavier_uniform_(m.weight)
+        nn.init.zeros_(m.bias)
     learner = Learner(net, lambda params: torch.optim.SGD(params, recipe.lr), recipe.methods, seed)
     r = learner.fit(quick, epochs=epochs, batch_size=batch_size)
     return r.row() | {"acc": learner.test(stream).mean().item()}
 
 # %% ../../nbs/04e_continual.ipynb #098c53a3
-@experiment("permuted-mnist", help="Permuted MNIST, 20 contexts: SGD, EWC, ER, A-GEM, DER and DER++ beside Buzzega et al. 2020")
+@experiment("permuted-mnist", help="Permuted MNIST, 20 contexts: SGD, EWC, ER, A-GEM, DER and DER++ beside Buzzega "
+                                   "et al. 2020")
 def permuted_mnist(
     run: Run,
     *,
@@ -247,10 +330,13 @@ def permuted_mnist(
     contexts: int | None = None,  # None: 20, or 5 on digits
 ) -> dict:
     "`<method>.<acc|forgetting|bwt|fwt|plasticity|online|cpu_s|nbytes ...>`; acc is of the complete test, the rest of fewer images."
-    small = data == "digits"; tensors = LOADERS[data](); rows = {m: [] for m in _chosen(methods, tuple(recipes()), "methods")}
+    small = data == "digits"
+    tensors = LOADERS[data]()
+    rows = {m: [] for m in _chosen(methods, tuple(recipes()), "methods")}
     sizes = {"contexts": contexts or (5 if small else 20)} | ({"epochs": 3, "batch_size": 32} if small else {})
     for s in range(seeds):
-        for m in rows: rows[m].append(run.unit(f"{m}-seed{s}", lambda: measure_permuted(tensors, m, buffer, s, **sizes)))
+        for m in rows:
+            rows[m].append(run.unit(f"{m}-seed{s}", lambda: measure_permuted(tensors, m, buffer, s, **sizes)))
     return {f"{m}.{k}": v for m, r in rows.items() for k, v in over_seeds(r).items()}
 
 # %% ../../nbs/04e_continual.ipynb #0c60e02f
@@ -269,34 +355,50 @@ def measure_related(
 ) -> dict[str, float]:
     "One method on contexts that are turned step by step."
     stream = rotated_stream(data, contexts, samples, [step * t for t in range(contexts)], seed)
-    set_seed(seed); net = MLP(stream.train.x[0].numel(), stream.outputs, (100, 100))
+    set_seed(seed)
+    net = MLP(stream.train.x[0].numel(), stream.outputs, (100, 100))
     return Learner(net, methods=RELATED[method](memory), seed=seed).fit(stream, steps, batch_size=32).row()
 
 
 @experiment("transfer", help="backward and forward transfer between contexts that are rotated a little or a lot")
-def transfer(run: Run, *, data: Literal["mnist", "digits"] = "digits", seeds: int = 5, degrees: tuple[float, ...] = (0, 20, 60),
-             samples: int = 100) -> dict:
+def transfer(
+    run: Run,
+    *,
+    data: Literal["mnist", "digits"] = "digits",
+    seeds: int = 5,
+    degrees: tuple[float, ...] = (0, 20, 60),
+    samples: int = 100,
+) -> dict:
     "`<none|er|ewc>.at_<degrees>.<acc|bwt|fwt|forgetting|transfer_positive_share ...>`"
-    tensors, out = LOADERS[data](), {}
+    tensors = LOADERS[data]()
+    out = {}
     for m in RELATED:
         for d in degrees:
-            rows = [run.unit(f"{m}-{d:g}-seed{s}", lambda: measure_related(tensors, m, d, s, samples=samples)) for s in range(seeds)]
+            rows = [
+                run.unit(f"{m}-{d:g}-seed{s}", lambda: measure_related(tensors, m, d, s, samples=samples))
+                for s in range(seeds)
+            ]
             out |= {f"{m}.at_{d:g}.{k}": v for k, v in over_seeds(rows).items()}
     return out
 
 # %% ../../nbs/04e_continual.ipynb #1c2237fa
 def ticker(steps: int) -> "Callable":
     "In a peer's process: to be called after each step; for a line on stdin it prints the processor seconds of the next `steps` steps."
-    import os, sys, time
-    out = os.fdopen(os.dup(1), "w"); os.dup2(2, 1)  # what the peer prints goes elsewhere
-    left, start = 0, 0.0
+    import os
+    import sys
+    import time
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the peer prints goes elsewhere
+    left = 0
+    start = 0.0
     def tick(*args, **kwargs):
         nonlocal left, start
         left -= 1
         if left > 0: return
         print(time.process_time() - start, file=out, flush=True)  # the first such line says: ready
         if not sys.stdin.readline(): os._exit(0)
-        left, start = steps, time.process_time()
+        left = steps
+        start = time.process_time()
     return tick
 
 
@@ -306,7 +408,8 @@ def need_torchvision() -> None:
     torch.set_num_threads(1)
     try: import torchvision
     except RuntimeError:
-        for op in ("nms", "qnms"): torch.library.define(f"torchvision::{op}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        for op in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{op}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import torchvision
 
 # %% ../../nbs/04e_continual.ipynb #a4347084
@@ -320,28 +423,59 @@ def avalanche_steps(tick: "Callable", method: str, folder: str) -> None:
     class Tick(SupervisedPlugin):
         def after_training_iteration(self, strategy, **kwargs):
             if strategy.clock.train_exp_counter == 2: tick()
-    Linear, ReLU = torch.nn.Linear, torch.nn.ReLU
+    Linear = torch.nn.Linear
+    ReLU = torch.nn.ReLU
     net = torch.nn.Sequential(torch.nn.Flatten(), Linear(784, 400), ReLU(), Linear(400, 400), ReLU(), Linear(400, 10))
-    kind, options = {"naive": (Naive, {}), "er": (Replay, {"mem_size": 1000}), "ewc": (EWC, {"ewc_lambda": 0.4})}[method]
-    strategy = kind(model=net, optimizer=torch.optim.Adam(net.parameters(), 1e-3), criterion=torch.nn.CrossEntropyLoss(),
-                    train_mb_size=128, plugins=[Tick()], evaluator=EvaluationPlugin(), **options)
+    kind, options = {"naive": (Naive, {}), "er": (Replay, {"mem_size": 1000}), "ewc": (EWC, {"ewc_lambda": 0.4})}[
+        method
+    ]
+    strategy = kind(
+        model=net,
+        optimizer=torch.optim.Adam(net.parameters(), 1e-3),
+        criterion=torch.nn.CrossEntropyLoss(),
+        train_mb_size=128,
+        plugins=[Tick()],
+        evaluator=EvaluationPlugin(),
+        **options,
+    )
     stream = SplitMNIST(5, seed=0, dataset_root=folder + "/MNIST").train_stream
-    strategy.train(stream[0]); strategy.train(stream[1]); strategy.train_epochs = 10**6; strategy.train(stream[2])
+    strategy.train(stream[0])
+    strategy.train(stream[1])
+    strategy.train_epochs = 10**6
+    strategy.train(stream[2])
 
 
 def vandeven_steps(tick: "Callable", method: str, folder: str, clone: str, steps: int) -> None:
     "The training loop of van de Ven et al., with what their command line sets for Class-IL."
     need_torchvision()
-    import sys, torch
+    import sys
+
+    import torch
     sys.path.insert(0, clone)
     from data.load import get_context_set
     from models.classifier import Classifier
     from train.train_task_based import train_cl
     (train, _), config = get_context_set("splitMNIST", "class", 5, data_dir=folder)
-    net = Classifier(config["size"], config["channels"], config["output_units"], fc_layers=3, fc_units=400, fc_bn=False, excit_buffer=True)
+    net = Classifier(
+        config["size"],
+        config["channels"],
+        config["output_units"],
+        fc_layers=3,
+        fc_units=400,
+        fc_bn=False,
+        excit_buffer=True,
+    )
     net.scenario, net.classes_per_context, net.optimizer = "class", 2, torch.optim.Adam(net.parameters(), 1e-3)
-    if method == "er": net.replay_mode, net.use_memory_buffer, net.budget_per_class, net.use_full_capacity = "buffer", True, 100, False
-    if method == "ewc": net.weight_penalty, net.offline, net.reg_strength, net.fisher_n = True, True, 1e9, 200
+    if method == "er":
+        net.replay_mode = "buffer"
+        net.use_memory_buffer = True
+        net.budget_per_class = 100
+        net.use_full_capacity = False
+    if method == "ewc":
+        net.weight_penalty = True
+        net.offline = True
+        net.reg_strength = 1e9
+        net.fisher_n = 200
     train_cl(net, train, steps, 128, loss_cbs=[lambda *args, context, **kwargs: tick() if context > 2 else None])
 
 # %% ../../nbs/04e_continual.ipynb #4dfad77a
@@ -350,22 +484,29 @@ class Peer:
     def __init__(self, python: str, steps: int, train: Callable, *args: Any):
         parts = [inspect.getsource(f) for f in (ticker, need_torchvision, train)]
         code = "\n".join([*parts, f"{train.__name__}(ticker({steps}), *{args!r})"])
-        self.errors, pipe, env = tempfile.TemporaryFile("w+"), subprocess.PIPE, os.environ | {"OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen([python, "-c", code], stdin=pipe, stdout=pipe, stderr=self.errors, env=env, text=True)
+        self.errors = tempfile.TemporaryFile("w+")
+        pipe = subprocess.PIPE
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [python, "-c", code], stdin=pipe, stdout=pipe, stderr=self.errors, env=env, text=True
+        )
 
     def ready(self) -> None:
         "Wait until it is where steps are timed."
         if self.process.stdout.readline(): return
-        self.process.wait(); self.errors.seek(0)
+        self.process.wait()
+        self.errors.seek(0)
         raise RuntimeError((self.errors.read().strip().splitlines() or ["it ended"])[-1])
 
     def __call__(self) -> float:  # processor seconds of its steps
-        self.process.stdin.write("\n"); self.process.stdin.flush()
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
         return float(self.process.stdout.readline() or "nan")
 
     def __enter__(self) -> "Peer": return self
     def __exit__(self, *error) -> None:
-        self.process.kill(); self.process.wait()
+        self.process.kill()
+        self.process.wait()
         for file in (self.process.stdin, self.process.stdout, self.errors): file.close()
 
 def write_mnist(
@@ -373,12 +514,17 @@ def write_mnist(
     folder: str | Path,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # images 28 by 28, flattened
     "Images as files of MNIST's format, where torchvision looks for them."
-    raw, out = Path(folder) / "MNIST" / "MNIST" / "raw", []; raw.mkdir(parents=True)
+    raw = Path(folder) / "MNIST" / "MNIST" / "raw"
+    out = []
+    raw.mkdir(parents=True)
     for part, x, y in (("train", *data[:2]), ("t10k", *data[2:])):
-        x = x.flatten(1); side = math.isqrt(x.shape[1]); x = F.interpolate(x.view(-1, 1, side, side), (28, 28)).flatten(1)
+        x = x.flatten(1)
+        side = math.isqrt(x.shape[1])
+        x = F.interpolate(x.view(-1, 1, side, side), (28, 28)).flatten(1)
         pixels = (255 * x).round().byte().numpy().tobytes()
         (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, len(x), 28, 28) + pixels)
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, len(y)) + y.byte().numpy().tobytes()); out += [x, y]
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, len(y)) + y.byte().numpy().tobytes())
+        out += [x, y]
     return tuple(out)
 
 # %% ../../nbs/04e_continual.ipynb #3f50f18e
@@ -393,31 +539,49 @@ def _cpu(fn: Callable[[], Any], steps: int) -> Callable[[], float]:
 
 def own_step(method: str, data: tuple[Tensor, ...]) -> Callable[[], None]:
     "A step of our learner in the third context of Split MNIST, as `fit` takes it."
-    set_seed(0); stream = split_stream(data, 5, 0)
-    learner = Learner(MLP(784, 10), methods={"naive": [], "er": [ER(1000, "per_class")], "ewc": [EWC(1e9, samples=1000)]}[method])
-    learner.stream, learner.walk = stream, Walk(stream, 128, 20, None, 0)
-    learner.start(5); learner.learn_context(); learner.learn_context()
+    set_seed(0)
+    stream = split_stream(data, 5, 0)
+    learner = Learner(
+        MLP(784, 10), methods={"naive": [], "er": [ER(1000, "per_class")], "ewc": [EWC(1e9, samples=1000)]}[method]
+    )
+    learner.stream = stream
+    learner.walk = Walk(stream, 128, 20, None, 0)
+    learner.start(5)
+    learner.learn_context()
+    learner.learn_context()
     for m in learner.methods: m.before_context(learner)
     def step() -> None:
-        learner.train_step(*stream.draw(stream.train, *learner.walk(learner.done, learner.step))); learner.step += 1
+        learner.train_step(*stream.draw(stream.train, *learner.walk(learner.done, learner.step)))
+        learner.step += 1
     return step
 
 
 def matmul_step(product: Callable[[Tensor, Tensor], Tensor], batch: int = 128) -> Callable[[], None]:
     "The eight matrix products of a step of the same network, forward and backward, and nothing else; `product(x, w)` is x wᵀ."
-    sizes = ((784, 400), (400, 400), (400, 10)); g = torch.Generator().manual_seed(0)
-    x, w, d = ([torch.randn(*s, generator=g) for s in shapes] for shapes in zip(*(((batch, i), (o, i), (batch, o)) for i, o in sizes)))
+    sizes = ((784, 400), (400, 400), (400, 10))
+    g = torch.Generator().manual_seed(0)
+    x, w, d = (
+        [torch.randn(*s, generator=g) for s in shapes]
+        for shapes in zip(*(((batch, i), (o, i), (batch, o)) for i, o in sizes))
+    )
     def step() -> None:
-        for i in range(3): product(x[i], w[i]); product(d[i].t(), x[i].t())
+        for i in range(3):
+            product(x[i], w[i])
+            product(d[i].t(), x[i].t())
         for i in (1, 2): product(d[i], w[i].t())
     return step
 
 def fisher_seconds(data: tuple[Tensor, ...], rounds: int = 3, loop: int = 16, batch: int = 2048) -> tuple[float, float]:
     "Processor seconds of the exact Fisher information, for a sample: one GEMM a layer, and a loop by the faster library."
-    set_seed(0); net = MLP(784, 10); x = data[0][:batch]; times = [], [], []
+    set_seed(0)
+    net = MLP(784, 10)
+    x = data[0][:batch]
+    times = [], [], []
     layers = [m for m in net.modules() if isinstance(m, Linear)]
     for _ in range(rounds):
-        for i, (fn, n) in enumerate(((lambda: fisher(net, x), len(x)), *((lambda: slow_fisher(net, x[:loop], net), loop),) * 2)):
+        for i, (fn, n) in enumerate(
+            ((lambda: fisher(net, x), len(x)), *((lambda: slow_fisher(net, x[:loop], net), loop),) * 2)
+        ):
             for m in layers: m.fast = Linear.fast and i < 2
             times[i].append(_cpu(fn, 1)() / n)
     closed, *loops = map(median, times)
@@ -426,9 +590,12 @@ def fisher_seconds(data: tuple[Tensor, ...], rounds: int = 3, loop: int = 16, ba
 # %% ../../nbs/04e_continual.ipynb #6b769ed1
 def _join(stack: ExitStack, run: Run, peers: dict[str, tuple[Peer, str]]) -> dict[str, Peer]:
     "Peers that are ready; of the others it is said why not."
-    started = {k: stack.enter_context(p) for k, p in peers.items()}; ready = {}
+    started = {k: stack.enter_context(p) for k, p in peers.items()}
+    ready = {}
     for k, p in started.items():
-        try: p.ready(); ready[k] = p
+        try:
+            p.ready()
+            ready[k] = p
         except RuntimeError as e: run.log(f"{k} is not timed: {e} (python= names an interpreter that has the peers)")
     return ready
 
@@ -441,14 +608,19 @@ def bench_continual(
     methods: tuple[str, ...] = ("naive", "er", "ewc"),
     rounds: int = 9,  # turns of each
     steps: int = 25,  # in a turn
-    python: str | None = None,  # interpreter of a virtual environment with avalanche-lib and torchvision; None: this one
+    # interpreter of a virtual environment with avalanche-lib and torchvision; None: this one
+    python: str | None = None,
     vandeven: str | None = None,  # folder with a clone of github.com/GMvandeVen/continual-learning
 ) -> dict:
     "`continual.<naive|er|ewc>_speedup_vs_<avalanche|vandeven>`, `.fisher_speedup`, `.share_of_matmul`; processor ms of a step."
-    methods, threads = _chosen(methods, ("naive", "er", "ewc"), "methods"), torch.get_num_threads(); torch.set_num_threads(1)
+    methods = _chosen(methods, ("naive", "er", "ewc"), "methods")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-            images, tasks, python = write_mnist(LOADERS[data](), folder), {}, python or sys.executable
+            images = write_mnist(LOADERS[data](), folder)
+            tasks = {}
+            python = python or sys.executable
             peers = {f"{m}_avalanche": Peer(python, steps, avalanche_steps, m, folder) for m in methods}
             more = (folder, vandeven, steps * (rounds + 1))
             if vandeven: peers |= {f"{m}_vandeven": Peer(python, steps, vandeven_steps, m, *more) for m in methods}
@@ -472,27 +644,42 @@ def continual_metrics(ms: dict[str, float], fisher_s: tuple[float, float]) -> di
     for k in ms:
         method, who = k.split("_")
         if who in ("avalanche", "vandeven"): out[f"continual.{method}_speedup_vs_{who}"] = ms[k] / ms[f"{method}_ours"]
-    for name, value in zip(("us", "loop_us", "speedup"), (1e6 * fisher_s[0], 1e6 * fisher_s[1], fisher_s[1] / fisher_s[0])):
+    for name, value in zip(
+        ("us", "loop_us", "speedup"), (1e6 * fisher_s[0], 1e6 * fisher_s[1], fisher_s[1] / fisher_s[0])
+    ):
         out[f"continual.fisher_{name}"] = value
     if "naive_ours" in ms:
         out["continual.share_of_matmul"] = ms["matmul_torch"] / ms["naive_ours"]
-        out["continual.share_of_fastest_matmul"] = min(v for k, v in ms.items() if k.startswith("matmul")) / ms["naive_ours"]
+        out["continual.share_of_fastest_matmul"] = (
+            min(v for k, v in ms.items() if k.startswith("matmul")) / ms["naive_ours"]
+        )
     return out
 
 
 def continual_table(metrics: dict[str, float]) -> str:
     "What `bench_continual` returns, as text."
-    ms = lambda k: metrics.get(f"continual.{k}_ms"); cell = lambda v, unit="": f"{'-':>12}" if v is None else f"{v:>12,.2f}{unit}"
+    ms = lambda k: metrics.get(f"continual.{k}_ms")
+    cell = lambda v, unit="": f"{'-':>12}" if v is None else f"{v:>12,.2f}{unit}"
     lines = [f"{'ms a step':12}{'ours':>12}{'avalanche':>12}{'van de Ven':>12}{'ratio':>12}{'ratio':>12}"]
     for m in ("naive", "er", "ewc"):
         if ms(f"{m}_ours") is None: continue
-        lines.append(f"{m:12}" + "".join(cell(ms(f"{m}_{who}")) for who in ("ours", "avalanche", "vandeven"))
-                     + "".join(cell(metrics.get(f"continual.{m}_speedup_vs_{who}")) for who in ("avalanche", "vandeven")))
-    lines += [f"{'matmul only':12}" + "".join(f"  {lib} {v:.2f}" for lib in ("torch", "onednn") if (v := ms(f"matmul_{lib}")) is not None)]
+        lines.append(
+            f"{m:12}"
+            + "".join(cell(ms(f"{m}_{who}")) for who in ("ours", "avalanche", "vandeven"))
+            + "".join(cell(metrics.get(f"continual.{m}_speedup_vs_{who}")) for who in ("avalanche", "vandeven"))
+        )
+    lines += [
+        f"{'matmul only':12}"
+        + "".join(f"  {lib} {v:.2f}" for lib in ("torch", "onednn") if (v := ms(f"matmul_{lib}")) is not None)
+    ]
     for share, of in (("share_of_matmul", "torch's"), ("share_of_fastest_matmul", "the fastest")):
-        if f"continual.{share}" in metrics: lines[-1] += f"  = {100 * metrics[f'continual.{share}']:.0f} % of our step, {of};"
-    lines.append("Fisher, µs a sample: closed form {fisher_us:.0f}, loop {fisher_loop_us:.0f}, ratio {fisher_speedup:.0f}".format(
-        **{k[10:]: v for k, v in metrics.items() if "fisher" in k}))
+        if f"continual.{share}" in metrics:
+            lines[-1] += f"  = {100 * metrics[f'continual.{share}']:.0f} % of our step, {of};"
+    lines.append(
+        "Fisher, µs a sample: closed form {fisher_us:.0f}, loop {fisher_loop_us:.0f}, ratio {fisher_speedup:.0f}".format(
+            **{k[10:]: v for k, v in metrics.items() if "fisher" in k}
+        )
+    )
     return "\n".join(lines)
 
 # %% ../../nbs/04e_continual.ipynb #18648ac6
@@ -508,8 +695,10 @@ class ContinualLearningModel(nn.Module):
         output_size: int | None = None,  # of each head; None: as large as the input
     ):
         super().__init__()
-        self.num_tasks, self.output_size = num_tasks, output_size or input_size
-        self.encoder, self.key = nn.Linear(input_size, hidden_size), nn.Linear(hidden_size, memory_dim + 1)
+        self.num_tasks = num_tasks
+        self.output_size = output_size or input_size
+        self.encoder = nn.Linear(input_size, hidden_size)
+        self.key = nn.Linear(hidden_size, memory_dim + 1)
         self.memory = nn.Parameter(torch.randn(memory_size, memory_dim) / memory_dim**0.5)
         self.heads = nn.Linear(hidden_size + memory_dim, num_tasks * self.output_size)
 
@@ -518,8 +707,10 @@ class ContinualLearningModel(nn.Module):
         task: Tensor | int,  # (b,) or one for all
     ) -> Tensor:  # (b, o)
         task = torch.as_tensor(task, device=x.device)
-        if task.min() < 0 or task.max() >= self.num_tasks: raise ValueError(f"task is {task.tolist()}: expected 0 to {self.num_tasks - 1}")
-        hidden = self.encoder(x).relu(); key, strength = self.key(hidden).split([self.memory.shape[1], 1], -1)
+        if task.min() < 0 or task.max() >= self.num_tasks:
+            raise ValueError(f"task is {task.tolist()}: expected 0 to {self.num_tasks - 1}")
+        hidden = self.encoder(x).relu()
+        key, strength = self.key(hidden).split([self.memory.shape[1], 1], -1)
         found = read(self.memory, content_weights(key.unsqueeze(1), self.memory, F.softplus(strength)))  # (b, 1, w)
         answers = self.heads(torch.cat([hidden, found.squeeze(1)], -1)).view(len(x), self.num_tasks, -1)
         return answers[torch.arange(len(x), device=x.device), task.expand(len(x))]
@@ -536,7 +727,8 @@ class TaskMemory(NamedTuple):
 class Criterion(Method):
     "Any loss (output, target) -> mean, in place of the learner's own."
     def __init__(self, loss_fn: Callable): self.loss_fn = loss_fn
-    def criterion(self, learner: Learner) -> Tensor: return self.loss_fn(learner.logits, learner.y).expand(len(learner.y))
+    def criterion(self, learner: Learner) -> Tensor:
+        return self.loss_fn(learner.logits, learner.y).expand(len(learner.y))
 
 
 class ContinualLearningTrainer:
@@ -549,7 +741,9 @@ class ContinualLearningTrainer:
         seed: int = 0,
     ):
         methods = [SI(100.0)] if methods is None else list(methods)
-        self.learner = Learner(model, optimizer, [Criterion(criterion), *methods], seed, next(model.parameters()).device)
+        self.learner = Learner(
+            model, optimizer, [Criterion(criterion), *methods], seed, next(model.parameters()).device
+        )
         self.tests: list[tuple[Tensor, Tensor]] = []
 
     @property
@@ -563,19 +757,31 @@ def train_task(self: ContinualLearningTrainer,
     epochs: int = 1,
 ) -> TaskMemory:
     "Learn one more task, then test on all."
-    L, collect = self.learner, lambda batches: tuple(torch.cat(v).to(self.learner.device) for v in zip(*batches))
-    if task_id != L.done: raise ValueError(f"task_id is {task_id}: tasks are learned in order, and the next is {L.done}")
+    L = self.learner
+    collect = lambda batches: tuple(torch.cat(v).to(self.learner.device) for v in zip(*batches))
+    if task_id != L.done:
+        raise ValueError(f"task_id is {task_id}: tasks are learned in order, and the next is {L.done}")
     batches = list(train_loader)  # once: a loader that shuffles draws anew each time
-    (x, y), size = collect(batches), len(batches[0][0]); self.tests.append(collect(batches if val_loader is None else val_loader))
+    x, y = collect(batches)
+    size = len(batches[0][0])
+    self.tests.append(collect(batches if val_loader is None else val_loader))
     ends = torch.tensor([0] + [len(v) for v, _ in self.tests]).cumsum(0).tolist()
     test = Part(*(torch.cat(v) for v in zip(*self.tests)), tuple(torch.arange(a, b) for a, b in zip(ends, ends[1:])))
     classes = None if y.is_floating_point() else ask(L.model, x[:1], torch.tensor([task_id], device=L.device)).shape[-1]
-    L.stream = Stream(Part(x, y, (torch.arange(len(x)),) * (task_id + 1)), test, classes, "domain").to(L.device)  # of earlier tasks nothing is kept
-    L.walk, old = Walk(L.stream, size, None, epochs, L.seed), L.results
+    # of earlier tasks nothing is kept
+    L.stream = Stream(Part(x, y, (torch.arange(len(x)),) * (task_id + 1)), test, classes, "domain").to(L.device)
+    L.walk = Walk(L.stream, size, None, epochs, L.seed)
+    old = L.results
     if task_id == 0: L.start(1)
-    L.results = Results(torch.full((task_id + 2, task_id + 1), torch.nan), torch.full((task_id + 1,), torch.nan), error=classes is None)
-    if old is not None: L.results.R[:-1, :-1], L.results.online[:-1], L.results.cpu_s = old.R, old.online, old.cpu_s
-    L.results.R[task_id] = L.test(); L.learn_context()
+    L.results = Results(
+        torch.full((task_id + 2, task_id + 1), torch.nan), torch.full((task_id + 1,), torch.nan), error=classes is None
+    )
+    if old is not None:
+        L.results.R[:-1, :-1] = old.R
+        L.results.online[:-1] = old.online
+        L.results.cpu_s = old.cpu_s
+    L.results.R[task_id] = L.test()
+    L.learn_context()
     omega = next((m.omega for m in L.methods if getattr(m, "omega", None) is not None), None)
     return TaskMemory(task_id, L.results.R[-1], omega, [p.detach().clone() for p in L.params])
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .consolidation import NoClosedForm, linear_layers, record
 from ..agent.replay import ReplayBuffer
+from .consolidation import NoClosedForm, linear_layers, record
 from ..streams import MLP, Learner, Method, Stream, ask
 
 # %% ../../nbs/04d_families.ipynb #1aaca884
@@ -24,14 +24,19 @@ class ER(Method):
     "Experience replay: old samples beside the new ones, in one pass. Robins 1995; Chaudhry et al. 2019."
     def __init__(self,
         capacity: int = 1000,  # samples kept
-        strategy: Literal["reservoir", "class_balanced", "per_class"] = "reservoir",  # per_class: equal parts, drawn when a context ends
+        # per_class: equal parts, drawn when a context ends
+        strategy: Literal["reservoir", "class_balanced", "per_class"] = "reservoir",
         batch_size: int | None = None,  # old samples a step; None: as many as new ones
         share: float | None = None,  # weight of the new samples' loss; None: 1 / contexts seen (van de Ven et al. 2022)
     ):
         if strategy not in ("reservoir", "class_balanced", "per_class"):
             raise ValueError(f"strategy is {strategy!r}: choose 'reservoir', 'class_balanced' or 'per_class'")
-        if share is not None and not 0 < share <= 1: raise ValueError(f"share is {share}: expected more than 0 and at most 1")
-        self.capacity, self.strategy, self.batch_size, self.share = capacity, strategy, batch_size, share
+        if share is not None and not 0 < share <= 1:
+            raise ValueError(f"share is {share}: expected more than 0 and at most 1")
+        self.capacity = capacity
+        self.strategy = strategy
+        self.batch_size = batch_size
+        self.share = share
         self.boundaries = strategy != "reservoir"
 
     def start(self, learner: Learner) -> None:
@@ -46,7 +51,8 @@ class ER(Method):
         if not len(self.buffer): return
         x, y, context = self.buffer.sample(self.batch_size or len(self.new[0])).batch[:3]
         share = 1 / (learner.done + 1) if self.share is None else self.share
-        learner.weights[0] = share; self.old = learner.add(x, y, context, 1 - share)
+        learner.weights[0] = share
+        self.old = learner.add(x, y, context, 1 - share)
 
 # %% ../../nbs/04d_families.ipynb #891d7599
 def _after_step(self: ER, learner: Learner) -> None:
@@ -55,7 +61,8 @@ def _after_step(self: ER, learner: Learner) -> None:
 
 def _after_context(self: ER, learner: Learner) -> None:
     if self.strategy == "reservoir": return
-    x, y, context = learner.context_data(); label = y + context * learner.stream.classes
+    x, y, context = learner.context_data()
+    label = y + context * learner.stream.classes
     if self.strategy == "class_balanced": return self.buffer.extend(x, y, context, label)
     most = self.capacity // (learner.stream.classes * len(learner.stream))
     rows = torch.cat([(label == c).nonzero()[:most, 0] for c in label.unique()])  # they come in random order
@@ -68,17 +75,23 @@ def _state_dict(self: ER) -> dict: return self.buffer.state_dict()
 def _load_state_dict(self: ER, state: dict) -> None: self.buffer.load_state_dict(state)
 
 
-ER.after_step, ER.after_context, ER.state_dict, ER.load_state_dict = _after_step, _after_context, _state_dict, _load_state_dict
+ER.after_step = _after_step
+ER.after_context = _after_context
+ER.state_dict = _state_dict
+ER.load_state_dict = _load_state_dict
 ER.nbytes = property(lambda self: self.buffer.nbytes, doc="Room reserved for samples.")
 
 # %% ../../nbs/04d_families.ipynb #1f6a92d7
 class DER(ER):
     "Dark experience replay: old samples keep the logits they were stored with; with `beta`, their class too (DER++). Buzzega et al. 2020."
     def __init__(self, capacity: int = 1000, alpha: float = 0.5, beta: float = 0.0, batch_size: int | None = None):
-        super().__init__(capacity, "reservoir", batch_size); self.alpha, self.beta = alpha, beta
+        super().__init__(capacity, "reservoir", batch_size)
+        self.alpha = alpha
+        self.beta = beta
 
     def batch(self, learner: Learner) -> None:
-        self.new, self.old = (learner.xs[0], learner.ys[0], learner.contexts[0]), None
+        self.new = (learner.xs[0], learner.ys[0], learner.contexts[0])
+        self.old = None
         if not len(self.buffer): return
         n = self.batch_size or len(self.new[0])
         x, y, context, self.target = self.buffer.sample(n).batch
@@ -99,9 +112,12 @@ class VAE(nn.Module):
         hidden: Iterable[int] = (400, 400),  # of the encoder; the decoder has them in reverse
         latent: int = 100,  # numbers in a code
     ):
-        super().__init__(); hidden = list(hidden)
-        self.inputs, self.latent = inputs, latent
-        self.encoder, self.decoder = MLP(inputs, 2 * latent, hidden), MLP(latent, inputs, hidden[::-1])
+        super().__init__()
+        hidden = list(hidden)
+        self.inputs = inputs
+        self.latent = latent
+        self.encoder = MLP(inputs, 2 * latent, hidden)
+        self.decoder = MLP(latent, inputs, hidden[::-1])
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:  # mean and log variance, (b, latent) each
         return self.encoder(x.flatten(1)).chunk(2, 1)
@@ -120,10 +136,13 @@ def _elbo(self: VAE, x: Tensor) -> Tensor: return -self.inputs * self(x)  # (b,)
 @torch.no_grad()
 def _sample(self: VAE, n: int, generator: torch.Generator | None = None) -> Tensor:  # (n, inputs)
     "Images that the decoder draws from random codes."
-    return self.decoder(torch.randn(n, self.latent, generator=generator, device=self.decoder.head.bias.device)).sigmoid_()
+    return self.decoder(
+        torch.randn(n, self.latent, generator=generator, device=self.decoder.head.bias.device)
+    ).sigmoid_()
 
 
-VAE.elbo, VAE.sample = _elbo, _sample
+VAE.elbo = _elbo
+VAE.sample = _sample
 
 # %% ../../nbs/04d_families.ipynb #ce9059f4
 def log_pixels(
@@ -145,7 +164,10 @@ def _estimate(self: VAE,
 ) -> Tensor:  # (b,) nats
     "Log-likelihood by importance sampling. Burda et al. 2016; with unit Gaussians as van de Ven et al. 2021."
     mean, logvar = self.encode(x)
-    if noise is None: noise = mean.new_zeros(1, *mean.shape) if samples is None else torch.randn(samples, *mean.shape, device=x.device)
+    if noise is None:
+        noise = (
+            mean.new_zeros(1, *mean.shape) if samples is None else torch.randn(samples, *mean.shape, device=x.device)
+        )
     z = mean + (logvar / 2).exp() * noise
     weight = (logvar + noise.square() - z.square()).sum(-1) / 2  # log p(z) - log q(z|x)
     return (weight + log_pixels(self.decoder(z), x.flatten(1), pixels)).logsumexp(0) - np.log(len(noise))
@@ -163,10 +185,13 @@ class DGR(Method):
     "Deep generative replay: a generator dreams old inputs, the old network names them. Shin et al. 2017."
     boundaries = True
     def __init__(self, hidden: Iterable[int] = (400, 400), latent: int = 100, lr: float = 1e-3):
-        self.hidden, self.latent, self.lr = tuple(hidden), latent, lr
+        self.hidden = tuple(hidden)
+        self.latent = latent
+        self.lr = lr
 
     def start(self, learner: Learner) -> None:
-        x, stream = learner.stream.train.x, learner.stream
+        x = learner.stream.train.x
+        stream = learner.stream
         if stream.classes is None:
             raise ValueError("DGR names what it dreams by a class: a stream of regressions has none; use ER")
         if getattr(learner.model, "takes_context", False):
@@ -178,13 +203,19 @@ class DGR(Method):
 
 # %% ../../nbs/04d_families.ipynb #d387b06a
 def _batch(self: DGR, learner: Learner) -> None:
-    new, k, done, self.old, self.share = learner.xs[0], learner.stream.classes, learner.done, None, 1 / (learner.done + 1)
+    new = learner.xs[0]
+    k = learner.stream.classes
+    done = learner.done
+    self.old = None
+    self.share = 1 / (learner.done + 1)
     if not done: return
     x = self.dreamer.sample(len(new)).view_as(new)
     with torch.no_grad(): logits = self.teacher(x)
-    task = learner.stream.scenario == "task"; label = logits.argmax(1)
+    task = learner.stream.scenario == "task"
+    label = logits.argmax(1)
     self.names = logits.view(len(x), -1, k)[:, :done].argmax(2) if task else None  # (b, past heads)
-    learner.weights[0] = self.share; self.old = learner.add(x, label % k, label // k, 0.0 if task else 1 - self.share)
+    learner.weights[0] = self.share
+    self.old = learner.add(x, label % k, label // k, 0.0 if task else 1 - self.share)
 
 
 def _loss(self: DGR, learner: Learner) -> Tensor | None:
@@ -193,7 +224,8 @@ def _loss(self: DGR, learner: Learner) -> Tensor | None:
     return (1 - self.share) * F.cross_entropy(heads.flatten(0, 1), self.names.flatten())
 
 
-DGR.batch, DGR.loss = _batch, _loss
+DGR.batch = _batch
+DGR.loss = _loss
 
 # %% ../../nbs/04d_families.ipynb #c378bbe6
 def _after_step(self: DGR, learner: Learner) -> None:
@@ -208,17 +240,22 @@ def _after_step(self: DGR, learner: Learner) -> None:
 
 # %% ../../nbs/04d_families.ipynb #dd8b5d8c
 def _after_context(self: DGR, learner: Learner) -> None:
-    self.dreamer.load_state_dict(self.vae.state_dict()); self.teacher.load_state_dict(learner.model.state_dict())
+    self.dreamer.load_state_dict(self.vae.state_dict())
+    self.teacher.load_state_dict(learner.model.state_dict())
 
 
-def _state_dict(self: DGR) -> dict: return {n: getattr(self, n).state_dict() for n in ("vae", "opt", "dreamer", "teacher")}
+def _state_dict(self: DGR) -> dict:
+    return {n: getattr(self, n).state_dict() for n in ("vae", "opt", "dreamer", "teacher")}
 
 
 def _load_state_dict(self: DGR, state: dict) -> None:
     for name, part in state.items(): getattr(self, name).load_state_dict(part)
 
 
-DGR.after_step, DGR.after_context, DGR.state_dict, DGR.load_state_dict = _after_step, _after_context, _state_dict, _load_state_dict
+DGR.after_step = _after_step
+DGR.after_context = _after_context
+DGR.state_dict = _state_dict
+DGR.load_state_dict = _load_state_dict
 
 # %% ../../nbs/04d_families.ipynb #cbe80278
 class AGEM(ER):
@@ -230,7 +267,8 @@ class AGEM(ER):
     ): super().__init__(capacity, strategy, batch_size)
 
     def batch(self, learner: Learner) -> None:
-        self.new, self.reference = (learner.xs[0], learner.ys[0], learner.contexts[0]), None
+        self.new = (learner.xs[0], learner.ys[0], learner.contexts[0])
+        self.reference = None
         if not len(self.buffer): return
         x, y, context = self.buffer.sample(self.batch_size or len(self.new[0])).batch[:3]
         loss = learner.losses(ask(learner.model, x, context), y, context).mean()
@@ -253,18 +291,27 @@ def lower_bounded_qp(
     low: float = 0.0,
 ) -> np.ndarray:  # (n,)
     "argmin ½ vᵀQv + qᵀv with v ≥ low, by active sets. Lawson & Hanson 1974, algorithm 23.10."
-    Q = np.asarray(Q, np.float64); c = np.asarray(q, np.float64) + low * Q.sum(1); n = len(c)  # w = v - low ≥ 0
-    w, free, limit = np.zeros(n), np.zeros(n, bool), 1e-12 * (1 + np.abs(c).max())
+    Q = np.asarray(Q, np.float64)
+    c = np.asarray(q, np.float64) + low * Q.sum(1)
+    n = len(c)  # w = v - low ≥ 0
+    w = np.zeros(n)
+    free = np.zeros(n, bool)
+    limit = 1e-12 * (1 + np.abs(c).max())
     for _ in range(10 * n):
-        slope = np.where(free, np.inf, c + Q @ w); i = slope.argmin()
+        slope = np.where(free, np.inf, c + Q @ w)
+        i = slope.argmin()
         if slope[i] >= -limit: break
         free[i] = True
         while free.any():
-            z = np.zeros(n); z[free] = np.linalg.solve(Q[np.ix_(free, free)], -c[free])
-            if (z[free] > 0).all(): w = z; break
+            z = np.zeros(n)
+            z[free] = np.linalg.solve(Q[np.ix_(free, free)], -c[free])
+            if (z[free] > 0).all():
+                w = z
+                break
             out = free & (z <= 0)
             w = w + (w[out] / np.maximum(w[out] - z[out], 1e-300)).min() * (z - w)
-            free &= w > 1e-14 * (1 + w.max()); w[~free] = 0
+            free &= w > 1e-14 * (1 + w.max())
+            w[~free] = 0
     return w + low
 
 # %% ../../nbs/04d_families.ipynb #f73e1319
@@ -279,7 +326,9 @@ def group_gradients(
     try: each, ins, outs = record(model, layers, slice(None), losses)
     except NoClosedForm: return slow_group_gradients(params, losses, sizes)
     deltas = torch.autograd.grad((each * torch.cat([each.new_full((n,), 1 / n) for n in sizes])).sum(), outs)
-    places, G = {}, each.new_empty(len(sizes), sum(p.numel() for p in params)); start = 0
+    places = {}
+    G = each.new_empty(len(sizes), sum(p.numel() for p in params))
+    start = 0
     for p in params: places[id(p)] = slice(start, start := start + p.numel())
     for m, a, d in zip(layers, ins, deltas):
         for row, a_t, d_t in zip(G, a.split(sizes), d.split(sizes)):
@@ -290,10 +339,13 @@ def group_gradients(
 # %% ../../nbs/04d_families.ipynb #3d060307
 def slow_group_gradients(params: list[Tensor], losses: Callable[[slice], Tensor], sizes: list[int]) -> Tensor:
     "The same for any network, a pass for each group."
-    G, start = [], 0
+    G = []
+    start = 0
     for n in sizes:
         grads = torch.autograd.grad(losses(slice(start, start := start + n)).mean(), params, allow_unused=True)
-        G.append(torch.cat([torch.zeros_like(p).view(-1) if g is None else g.reshape(-1) for p, g in zip(params, grads)]))
+        G.append(
+            torch.cat([torch.zeros_like(p).view(-1) if g is None else g.reshape(-1) for p, g in zip(params, grads)])
+        )
     return torch.stack(G)
 
 # %% ../../nbs/04d_families.ipynb #6dd49092
@@ -305,14 +357,22 @@ class GEM(AGEM):
         eps: float = 1e-3,  # on the diagonal of the dual
         strategy: Literal["reservoir", "class_balanced", "per_class"] = "per_class",
         batch_size: int | None = None,  # old samples a step, shared among past contexts; None: as many as new ones
-    ): super().__init__(capacity, strategy, batch_size); self.margin, self.eps = margin, eps
+    ):
+        super().__init__(capacity, strategy, batch_size)
+        self.margin = margin
+        self.eps = eps
 
     def batch(self, learner: Learner) -> None:
-        self.new, self.reference = (learner.xs[0], learner.ys[0], learner.contexts[0]), None
+        self.new = (learner.xs[0], learner.ys[0], learner.contexts[0])
+        self.reference = None
         if not len(self.buffer) or not learner.done: return
-        held = self.buffer.store.data[2][:len(self.buffer)]; most = -(-(self.batch_size or len(self.new[0])) // learner.done)
+        held = self.buffer.store.data[2][:len(self.buffer)]
+        most = -(-(self.batch_size or len(self.new[0])) // learner.done)
         rows = [r for t in range(learner.done) if len(r := (held == t).nonzero()[:, 0])]
-        rows = [r if len(r) <= most else r[torch.randint(len(r), (most,), generator=self.buffer.generator).to(r.device)] for r in rows]
+        rows = [
+            r if len(r) <= most else r[torch.randint(len(r), (most,), generator=self.buffer.generator).to(r.device)]
+            for r in rows
+        ]
         if not rows: return
         x, y, context = self.buffer.store.read(torch.cat(rows))[:3]
         losses = lambda s: learner.losses(ask(learner.model, x[s], context[s]), y[s], context[s])
@@ -322,7 +382,8 @@ class GEM(AGEM):
 @torch.no_grad()
 def _after_backward(self: GEM, learner: Learner) -> None:
     if self.reference is None: return
-    G, now = self.reference, [p.grad for p in learner.params]
+    G = self.reference
+    now = [p.grad for p in learner.params]
     dots = G @ torch.cat([g.view(-1) for g in now])
     if (dots >= 0).all(): return
     Q = (G @ G.t()).double().cpu().numpy() + self.eps * np.eye(len(G))
@@ -336,15 +397,20 @@ GEM.after_backward = _after_backward
 def _needs_context(self: nn.Module, stream: Stream) -> None:
     "Refuse scenarios in which the context is not given at the test."
     if stream.scenario != "task":
-        raise ValueError(f"{type(self).__name__} must be told the context at the test, and in the {stream.scenario} scenario "
-                         "nobody tells: use stream.task()")
-    want, got = (self.contexts, self.classes), (len(stream), stream.classes)
-    if want != got: raise ValueError(f"{type(self).__name__} was built for (contexts, classes) = {want}, the stream has {got}")
+        raise ValueError(
+            f"{type(self).__name__} must be told the context at the test, and in the {stream.scenario} scenario "
+            "nobody tells: use stream.task()"
+        )
+    want = (self.contexts, self.classes)
+    got = (len(stream), stream.classes)
+    if want != got:
+        raise ValueError(f"{type(self).__name__} was built for (contexts, classes) = {want}, the stream has {got}")
 
 # %% ../../nbs/04d_families.ipynb #6d401047
 class XdG(nn.Module):
     "Context-dependent gating: in each context another random part of the hidden units is silent. Masse et al. 2018."
-    takes_context, check = True, _needs_context
+    takes_context = True
+    check = _needs_context
     def __init__(self,
         inputs: int,
         contexts: int,
@@ -353,29 +419,40 @@ class XdG(nn.Module):
         off: float = 0.9,  # share of hidden units that is silent
         seed: int = 0,  # of the gates
     ):
-        super().__init__(); hidden, g = list(hidden), torch.Generator().manual_seed(seed)
+        super().__init__()
+        hidden = list(hidden)
+        g = torch.Generator().manual_seed(seed)
         if not 0 <= off < 1: raise ValueError(f"off is {off}: expected 0 or more and less than 1")
-        self.contexts, self.classes, self.net = contexts, classes, MLP(inputs, contexts * classes, hidden)
+        self.contexts = contexts
+        self.classes = classes
+        self.net = MLP(inputs, contexts * classes, hidden)
         for i, h in enumerate(hidden):
             order = torch.stack([torch.randperm(h, generator=g) for _ in range(contexts)])
             self.register_buffer(f"gate{i}", (order >= int(off * h)).float())  # (T, h)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:  # (b, T k)
-        for i in range(len(self.net.body) // 2): x = self.net.body[2 * i:2 * i + 2](x) * getattr(self, f"gate{i}")[context]
+        for i in range(len(self.net.body) // 2):
+            x = self.net.body[2 * i:2 * i + 2](x) * getattr(self, f"gate{i}")[context]
         return self.net.head(x)
 
 # %% ../../nbs/04d_families.ipynb #0345b4d6
 class SeparateNetworks(nn.Module):
     "A small network for each context: no forgetting, no transfer. Sizes of van de Ven et al. 2022."
-    takes_context, check = True, _needs_context
+    takes_context = True
+    check = _needs_context
     def __init__(self, inputs: int, contexts: int, classes: int, hidden: Iterable[int] = (100, 100)):
-        super().__init__(); hidden = list(hidden)
-        self.contexts, self.classes = contexts, classes
+        super().__init__()
+        hidden = list(hidden)
+        self.contexts = contexts
+        self.classes = classes
         self.nets = nn.ModuleList(MLP(inputs, classes, hidden) for _ in range(contexts))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:  # (b, T k), zero for the other contexts
-        present, k = context.unique().tolist(), self.classes  # networks of other contexts do not run, so the optimiser leaves them alone
-        if len(present) == 1: t = present[0]; return F.pad(self.nets[t](x), (t * k, (self.contexts - 1 - t) * k))
+        present = context.unique().tolist()
+        k = self.classes  # networks of other contexts do not run, so the optimiser leaves them alone
+        if len(present) == 1:
+            t = present[0]
+            return F.pad(self.nets[t](x), (t * k, (self.contexts - 1 - t) * k))
         out = x.new_zeros(len(x), self.contexts * k)
         for t in present: out[context == t, t * k:(t + 1) * k] = self.nets[t](x[context == t])
         return out
@@ -386,12 +463,19 @@ def herd(
     most: int,
 ) -> Tensor:  # (m,) rows, the best first
     "Rows whose running mean follows the mean of all. Welling 2009; Rebuffi et al. 2017, algorithm 4."
-    f = F.normalize(features, dim=1); mean = F.normalize(f.mean(0), dim=0)
-    squares, total, free = f.square().sum(1), torch.zeros_like(mean), torch.zeros(len(f), device=f.device)
+    f = F.normalize(features, dim=1)
+    mean = F.normalize(f.mean(0), dim=0)
+    squares = f.square().sum(1)
+    total = torch.zeros_like(mean)
+    free = torch.zeros(len(f), device=f.device)
     rows = []
     for m in range(1, min(most, len(f)) + 1):
-        distance = squares + 2 * (f @ (total - m * mean)) + free  # ‖(total + f) / m - mean‖² m² without what is the same for all
-        i = distance.argmin(); rows.append(i); free[i] = torch.inf; total = total + f[i]
+        # ‖(total + f) / m - mean‖² m² without what is the same for all
+        distance = squares + 2 * (f @ (total - m * mean)) + free
+        i = distance.argmin()
+        rows.append(i)
+        free[i] = torch.inf
+        total = total + f[i]
     return torch.stack(rows)
 
 # %% ../../nbs/04d_families.ipynb #97937b06
@@ -401,12 +485,17 @@ class ICaRL(Method):
     def __init__(self,
         per_class: int = 100,  # exemplars
         temperature: float = 2.0,  # that softens the old network's answers
-    ): self.per_class, self.temperature = per_class, temperature
+    ):
+        self.per_class = per_class
+        self.temperature = temperature
 
     def start(self, learner: Learner) -> None:
         if learner.stream.scenario != "class":
-            raise ValueError("iCaRL chooses among all classes met so far without knowing the context: use stream.class_()")
-        if not hasattr(learner.model, "features"): raise TypeError("iCaRL compares features: give the network a method features(x)")
+            raise ValueError(
+                "iCaRL chooses among all classes met so far without knowing the context: use stream.class_()"
+            )
+        if not hasattr(learner.model, "features"):
+            raise TypeError("iCaRL compares features: give the network a method features(x)")
         self.x = self.label = self.means = None  # (n, ...), (n,), (classes so far, d)
         self.generator = torch.Generator().manual_seed(learner.seed)
         self.teacher = deepcopy(learner.model).eval().requires_grad_(False)
@@ -415,32 +504,41 @@ class ICaRL(Method):
 def _batch(self: ICaRL, learner: Learner) -> None:
     "Exemplars are part of the training set: as many of them come as a shuffle of old and new would bring."
     if self.x is None: return
-    n, k = len(learner.xs[0]), learner.stream.classes
+    n = len(learner.xs[0])
+    k = learner.stream.classes
     m = int(n * len(self.x) / len(learner.stream.train.rows[learner.done]) + torch.rand((), generator=self.generator))
     if not m: return
-    rows = torch.randint(len(self.x), (m,), generator=self.generator).to(self.x.device); label = self.label[rows]
-    learner.weights[0] = n / (n + m); learner.add(self.x[rows], label % k, label // k, m / (n + m))
+    rows = torch.randint(len(self.x), (m,), generator=self.generator).to(self.x.device)
+    label = self.label[rows]
+    learner.weights[0] = n / (n + m)
+    learner.add(self.x[rows], label % k, label // k, m / (n + m))
 
 
 def _criterion(self: ICaRL, learner: Learner) -> Tensor:
     "Binary cross-entropy of every class so far; for old classes against the old network's answer."
-    k, old = learner.stream.classes, learner.stream.classes * learner.done
-    logits = learner.logits[:, :old + k]; target = F.one_hot(learner.y + k * learner.context, old + k).to(logits)
+    k = learner.stream.classes
+    old = learner.stream.classes * learner.done
+    logits = learner.logits[:, :old + k]
+    target = F.one_hot(learner.y + k * learner.context, old + k).to(logits)
     if old:
         with torch.no_grad(): target[:, :old] = (self.teacher(learner.x)[:, :old] / self.temperature).sigmoid()
     return F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(1)
 
 
-ICaRL.batch, ICaRL.criterion = _batch, _criterion
+ICaRL.batch = _batch
+ICaRL.criterion = _criterion
 
 # %% ../../nbs/04d_families.ipynb #56d0fafd
 @torch.no_grad()
 def _after_context(self: ICaRL, learner: Learner) -> None:
     "Choose exemplars of the new classes; all means are taken anew."
     self.teacher.load_state_dict(learner.model.state_dict())
-    x, y, context = learner.context_data(); label = y + learner.stream.classes * context; features = self.teacher.features(x)
+    x, y, context = learner.context_data()
+    label = y + learner.stream.classes * context
+    features = self.teacher.features(x)
     for c in label.unique():
-        own = (label == c).nonzero()[:, 0]; rows = own[herd(features[own], self.per_class)]
+        own = (label == c).nonzero()[:, 0]
+        rows = own[herd(features[own], self.per_class)]
         self.x = x[rows] if self.x is None else torch.cat([self.x, x[rows]])
         self.label = label[rows] if self.label is None else torch.cat([self.label, label[rows]])
     f = F.normalize(self.teacher.features(self.x), dim=1)
@@ -455,7 +553,8 @@ def _scores(self: ICaRL, learner: Learner, x: Tensor, context: Tensor) -> Tensor
     return out
 
 
-ICaRL.after_context, ICaRL.scores = _after_context, _scores
+ICaRL.after_context = _after_context
+ICaRL.scores = _scores
 
 # %% ../../nbs/04d_families.ipynb #595f4055
 def _state_dict(self: ICaRL) -> dict:
@@ -465,11 +564,15 @@ def _state_dict(self: ICaRL) -> dict:
 
 def _load_state_dict(self: ICaRL, state: dict) -> None:
     device = next(self.teacher.parameters()).device
-    self.teacher.load_state_dict(state["teacher"]); self.generator.set_state(state["generator"].cpu())
-    self.x, self.label, self.means = (None if state[n] is None else state[n].to(device) for n in ("x", "label", "means"))
+    self.teacher.load_state_dict(state["teacher"])
+    self.generator.set_state(state["generator"].cpu())
+    self.x, self.label, self.means = (
+        None if state[n] is None else state[n].to(device) for n in ("x", "label", "means")
+    )
 
 
-ICaRL.state_dict, ICaRL.load_state_dict = _state_dict, _load_state_dict
+ICaRL.state_dict = _state_dict
+ICaRL.load_state_dict = _load_state_dict
 
 # %% ../../nbs/04d_families.ipynb #f07e9b8e
 class Templates(nn.Module):
@@ -480,14 +583,21 @@ class Templates(nn.Module):
         scenario: Literal["task", "domain", "class"] = "class",
     ):
         super().__init__()
-        if scenario not in ("task", "domain", "class"): raise ValueError(f"scenario is {scenario!r}: choose 'task', 'domain' or 'class'")
-        self.contexts, self.classes, self.scenario = contexts, classes, scenario
+        if scenario not in ("task", "domain", "class"):
+            raise ValueError(f"scenario is {scenario!r}: choose 'task', 'domain' or 'class'")
+        self.contexts = contexts
+        self.classes = classes
+        self.scenario = scenario
         self.register_buffer("counts", torch.zeros(contexts * classes, dtype=torch.long))  # samples met
 
     def check(self, stream: Stream) -> None:
         "Refuse a stream for which the model was not built."
-        want, got = (self.contexts, self.classes, self.scenario), (len(stream), stream.classes, stream.scenario)
-        if want != got: raise ValueError(f"{type(self).__name__} was built for (contexts, classes, scenario) = {want}, the stream is {got}")
+        want = (self.contexts, self.classes, self.scenario)
+        got = (len(stream), stream.classes, stream.scenario)
+        if want != got:
+            raise ValueError(
+                f"{type(self).__name__} was built for (contexts, classes, scenario) = {want}, the stream is {got}"
+            )
 
     def answer(self, scores: Tensor) -> Tensor:  # (b, T k) log-densities -> (b, outputs)
         "Classes not met cannot win; in Domain-IL the contexts of a class are one mixture."
@@ -506,33 +616,48 @@ class SLDA(Templates):
         extractor: nn.Module | None = None,  # frozen, inputs -> features; None: the inputs themselves
         dtype: torch.dtype = torch.float64,  # of the sums
     ):
-        super().__init__(contexts, classes, scenario); self.shrinkage, self._solved = shrinkage, None
+        super().__init__(contexts, classes, scenario)
+        self.shrinkage = shrinkage
+        self._solved = None
         self.extractor = extractor if extractor is None else extractor.eval().requires_grad_(False)
         self.register_buffer("means", torch.zeros(contexts * classes, inputs, dtype=dtype))
         self.register_buffer("scatter", torch.zeros(inputs, inputs, dtype=dtype))  # within classes, not yet divided
 
     @torch.no_grad()
-    def features(self, x: Tensor) -> Tensor: return (x if self.extractor is None else self.extractor(x)).flatten(1).to(self.means.dtype)
+    def features(self, x: Tensor) -> Tensor:
+        return (x if self.extractor is None else self.extractor(x)).flatten(1).to(self.means.dtype)
 
-    def _load_from_state_dict(self, *args) -> None: super()._load_from_state_dict(*args); self._solved = None
-    def _apply(self, fn, recurse=True): self._solved = None; return super()._apply(fn, recurse)
+    def _load_from_state_dict(self, *args) -> None:
+        super()._load_from_state_dict(*args)
+        self._solved = None
+    def _apply(self, fn, recurse=True):
+        self._solved = None
+        return super()._apply(fn, recurse)
 
 # %% ../../nbs/04d_families.ipynb #7087768b
 @torch.no_grad()
 def _learn(self: SLDA, x: Tensor, y: Tensor, context: Tensor) -> None:
-    f, label = self.features(x), y + self.classes * context
-    present, place, new = label.unique(return_inverse=True, return_counts=True); n, m = self.counts[present].to(f), new.to(f)
+    f = self.features(x)
+    label = y + self.classes * context
+    present, place, new = label.unique(return_inverse=True, return_counts=True)
+    n = self.counts[present].to(f)
+    m = new.to(f)
     mean = f.new_zeros(len(present), f.shape[1]).index_add_(0, place, f) / m[:, None]
-    step = mean - self.means[present]; away = torch.cat([f - mean[place], step * (n * m / (n + m)).sqrt()[:, None]])
-    self.scatter.addmm_(away.t(), away); self.counts[present] += new; self._solved = None
+    step = mean - self.means[present]
+    away = torch.cat([f - mean[place], step * (n * m / (n + m)).sqrt()[:, None]])
+    self.scatter.addmm_(away.t(), away)
+    self.counts[present] += new
+    self._solved = None
     self.means[present] += step * (m / (n + m))[:, None]
 
 
 def _solve(self: SLDA) -> tuple[Tensor, Tensor]:  # (inputs, T k), (T k,)
     "Weights and biases of all classes."
     if self._solved is None:
-        cov = self.scatter * ((1 - self.shrinkage) / max(1, int(self.counts.sum()))); cov.diagonal().add_(self.shrinkage)
-        W = torch.linalg.solve(cov, self.means.t()); self._solved = W, -(self.means.t() * W).sum(0) / 2
+        cov = self.scatter * ((1 - self.shrinkage) / max(1, int(self.counts.sum())))
+        cov.diagonal().add_(self.shrinkage)
+        W = torch.linalg.solve(cov, self.means.t())
+        self._solved = W, -(self.means.t() * W).sum(0) / 2
     return self._solved
 
 
@@ -542,7 +667,9 @@ def _forward(self: SLDA, x: Tensor) -> Tensor:  # (b, outputs)
     return self.answer(torch.addmm(b, self.features(x), W)).to(x.dtype)
 
 
-SLDA.learn, SLDA.solve, SLDA.forward = _learn, _solve, _forward
+SLDA.learn = _learn
+SLDA.solve = _solve
+SLDA.forward = _forward
 
 # %% ../../nbs/04d_families.ipynb #d0c284cf
 class GenerativeClassifier(Templates):
@@ -558,9 +685,12 @@ class GenerativeClassifier(Templates):
         pixels: Literal["gaussian", "bernoulli"] = "gaussian",  # p(x|z) at the test
         lr: float = 1e-3,
     ):
-        super().__init__(contexts, classes, scenario); hidden = list(hidden)
-        if pixels not in ("gaussian", "bernoulli"): raise ValueError(f"pixels is {pixels!r}: choose 'gaussian' or 'bernoulli'")
-        self.samples, self.pixels = samples, pixels
+        super().__init__(contexts, classes, scenario)
+        hidden = list(hidden)
+        if pixels not in ("gaussian", "bernoulli"):
+            raise ValueError(f"pixels is {pixels!r}: choose 'gaussian' or 'bernoulli'")
+        self.samples = samples
+        self.pixels = pixels
         self.vaes = nn.ModuleList(VAE(inputs, hidden, latent) for _ in range(contexts * classes))
         self.opt = torch.optim.Adam(self.vaes.parameters(), lr, fused=True)
 
@@ -571,7 +701,8 @@ def _learn(self: GenerativeClassifier, x: Tensor, y: Tensor, context: Tensor) ->
     label = y + self.classes * context
     self.opt.zero_grad(set_to_none=True)
     sum(self.vaes[c](x[label == c]).mean() for c in label.unique().tolist()).backward()
-    self.opt.step(); self.counts += torch.bincount(label, minlength=len(self.counts))
+    self.opt.step()
+    self.counts += torch.bincount(label, minlength=len(self.counts))
 
 
 def _get_extra_state(self: GenerativeClassifier) -> dict: return self.opt.state_dict()
@@ -581,7 +712,8 @@ def _set_extra_state(self: GenerativeClassifier, state: dict) -> None: self.opt.
 
 
 GenerativeClassifier.learn = _learn
-GenerativeClassifier.get_extra_state, GenerativeClassifier.set_extra_state = _get_extra_state, _set_extra_state
+GenerativeClassifier.get_extra_state = _get_extra_state
+GenerativeClassifier.set_extra_state = _set_extra_state
 
 # %% ../../nbs/04d_families.ipynb #97aa24f9
 def stacked(
@@ -591,7 +723,8 @@ def stacked(
     "Run networks side by side, a batch of matrices for each layer."
     x = x.expand(len(nets), *x.shape[-2:])
     for layers in zip(*([m for m in net.modules() if isinstance(m, nn.Linear)] for net in nets)):
-        W, b = torch.stack([m.weight for m in layers]), torch.stack([m.bias for m in layers])
+        W = torch.stack([m.weight for m in layers])
+        b = torch.stack([m.bias for m in layers])
         x = torch.baddbmm(b[:, None], x, W.transpose(1, 2))
         if layers[0] is not nets[0].head: x = x.relu_()
     return x
@@ -600,16 +733,20 @@ def stacked(
 @torch.no_grad()
 def _forward(self: GenerativeClassifier, x: Tensor, room: int = 4_000_000) -> Tensor:  # (b, outputs)
     "Log-likelihood of each class, in parts of about `room` decoded pixels."
-    met = self.counts.nonzero()[:, 0].tolist(); x = x.flatten(1)
+    met = self.counts.nonzero()[:, 0].tolist()
+    x = x.flatten(1)
     out = x.new_full((len(x), len(self.counts)), -torch.inf)
     if not met: return self.answer(out)
-    vaes = [self.vaes[c] for c in met]; S = self.samples or 1
+    vaes = [self.vaes[c] for c in met]
+    S = self.samples or 1
     stats = stacked([v.encoder for v in vaes], x)  # (c, b, 2 latent)
-    size, parts = max(1, room // (len(met) * S * x.shape[1])), []
+    size = max(1, room // (len(met) * S * x.shape[1]))
+    parts = []
     for part, s in zip(x.split(size), stats.split(size, 1)):
         mean, logvar = s[:, None].chunk(2, -1)  # (c, 1, b, latent)
         noise = torch.randn(len(met), S, *mean.shape[2:], device=x.device) if self.samples else torch.zeros_like(mean)
-        z = mean + (logvar / 2).exp() * noise; weight = (logvar + noise.square() - z.square()).sum(-1) / 2
+        z = mean + (logvar / 2).exp() * noise
+        weight = (logvar + noise.square() - z.square()).sum(-1) / 2
         logits = stacked([v.decoder for v in vaes], z.flatten(1, 2)).view(*z.shape[:3], -1)
         parts.append((weight + log_pixels(logits, part, self.pixels)).logsumexp(1) - np.log(S))
     out[:, met] = torch.cat(parts, 1).t()

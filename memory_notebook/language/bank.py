@@ -30,8 +30,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..core import check_finite, unit
-from ..train import write_atomic
 from .store import LanceStore, RamStore, VectorStore, grown
+from ..train import write_atomic
 
 # %% ../../nbs/09b_bank.ipynb #169251ca
 @dataclass(slots=True)
@@ -95,16 +95,21 @@ def check_text(
 ) -> str:
     "The text, if it can be kept."
     if not isinstance(text, str): raise TypeError(f"a fact is a text, got {type(text).__name__}")
-    if not text.strip() or len(text) > most: raise ValueError(f"a fact has 1 to {most} characters, got {len(text.strip())}: split it into sentences")
+    if not text.strip() or len(text) > most:
+        raise ValueError(f"a fact has 1 to {most} characters, got {len(text.strip())}: split it into sentences")
     try: text.encode()
-    except UnicodeEncodeError as e: raise ValueError(f"the text is broken at character {e.start}: it holds half of a surrogate pair") from None
+    except UnicodeEncodeError as e:
+        raise ValueError(f"the text is broken at character {e.start}: it holds half of a surrogate pair") from None
     return text
 
 
 def check_namespace(name: Any) -> str:
     "The name of a persona, if it is one."
     if isinstance(name, str) and re.fullmatch(r"\w[\w.-]{0,63}", name) and ".." not in name: return name
-    raise ValueError(f"{name!r:.80} is no name of a persona: use 1 to 64 letters, digits, '_', '-' and '.', and begin with a letter or digit")
+    raise ValueError(
+        f"{name!r:.80} is no name of a persona: use 1 to 64 letters, digits, '_', '-' and '.', and begin with a "
+        "letter or digit"
+    )
 
 
 def normal(text: str) -> str:
@@ -116,16 +121,25 @@ class FactTable:
     "Facts and their vectors, found by id, by text, and by subject."
     def __init__(self, store: str = "ram", device: str | torch.device = "cpu"):
         if store not in ("ram", "lance"): raise ValueError(f"store is {store!r}: choose 'ram' or 'lance'")
-        self.store, self.device, self.disk = store, device, None
+        self.store = store
+        self.device = device
+        self.disk = None
         self._clear()
 
     def _clear(self) -> None:
         "Empty, as before the first fact."
-        self.keys, self.states = (RamStore(self.device), RamStore(self.device)) if self.disk is None else self.disk.stores(self)
+        self.keys, self.states = (
+            (RamStore(self.device), RamStore(self.device)) if self.disk is None else self.disk.stores(self)
+        )
         self.marks = torch.zeros(0, 3, dtype=torch.long)  # of each entry: token, fact, place
         self.facts: dict[int, Fact] = {}
-        self.next_id, self.version, self._heap = 0, 0, []
-        self._texts, self._about, self._spaces, self._owner = {}, {}, {}, torch.zeros(0, 2, dtype=torch.long)  # fact, namespace
+        self.next_id = 0
+        self.version = 0
+        self._heap = []
+        self._texts = {}
+        self._about = {}
+        self._spaces = {}
+        self._owner = torch.zeros(0, 2, dtype=torch.long)  # fact, namespace
         self.tails: Counter[str] = Counter()  # last words of the subjects
 
     def __len__(self) -> int: return len(self.facts)
@@ -135,7 +149,8 @@ class FactTable:
         if id not in self.facts: raise KeyError(f"no fact has the id {id!r}: the bank holds {len(self)} facts")
         return self.facts[id]
 
-    def knows(self, subject: str, namespace: str = "default") -> bool: return (namespace, normal(subject)) in self._about
+    def knows(self, subject: str, namespace: str = "default") -> bool:
+        return (namespace, normal(subject)) in self._about
 
     def about(self, subjects: Iterable[str], namespace: str = "default") -> list[int]:
         "Ids of the facts about any of the subjects, oldest first."
@@ -157,13 +172,20 @@ class OpenTable(FactTable):
         keys = self.keys.add(torch.stack([new.key for _, new in puts]))
         states = self.states.add(torch.cat([new.entries for _, new in puts if new.tokens])) if ends[-1] else []
         for (f, _), key, start, end in zip(puts, keys, [0, *ends], ends): self._enter(f, key, states[start:end])
-        self._mark(keys, [f for f, _ in puts], states, [(t, f.id, p) for f, new in puts for t, p in zip(new.tokens, new.places)])
+        self._mark(
+            keys,
+            [f for f, _ in puts],
+            states,
+            [(t, f.id, p) for f, new in puts for t, p in zip(new.tokens, new.places)],
+        )
 
     def _mark(self, keys: list[int], facts: list[Fact], states: list[int], marks: Any) -> None:
         "Write down whose the slots are."
         owner = [(f.id, self._spaces.setdefault(f.namespace, len(self._spaces))) for f in facts]
         for name, slots, rows in (("_owner", keys, owner), ("marks", states, marks)):
-            if slots: setattr(self, name, grown(getattr(self, name), max(slots) + 1)); getattr(self, name)[slots] = torch.as_tensor(rows)
+            if slots:
+                setattr(self, name, grown(getattr(self, name), max(slots) + 1))
+                getattr(self, name)[slots] = torch.as_tensor(rows)
 
     def _leave(self, id: int) -> None:
         f = self.facts.pop(id)
@@ -173,7 +195,8 @@ class OpenTable(FactTable):
         if not self._about[about]: del self._about[about]
         self.tails[last := about[1].rpartition(" ")[2]] -= 1
         if not self.tails[last]: del self.tails[last]
-        self.keys.delete([f.key]); self.states.delete(f.entries)
+        self.keys.delete([f.key])
+        self.states.delete(f.entries)
 
     def _enter(self, f: Fact, key: int, entries: list[int]) -> None:
         f.key, f.entries, self.facts[f.id], self.next_id = key, entries, f, max(self.next_id, f.id + 1)
@@ -189,15 +212,23 @@ class RankedTable(OpenTable):
 
     def rank(self, f: Fact) -> float:
         "log2 of the value, up to what time takes from all facts alike."
-        return math.log2(f.importance + 0.01) + 0.5 * math.log2(1 + f.usage) + (f.last_used / self.half_life if self.half_life else 0.0)
+        return (
+            math.log2(f.importance + 0.01)
+            + 0.5 * math.log2(1 + f.usage)
+            + (f.last_used / self.half_life if self.half_life else 0.0)
+        )
 
     def value(self, id: int, now: float | None = None) -> float:
         "What a fact is worth at a time (seconds since 1970; None: now)."
-        return 2 ** (self.rank(self[id]) - ((time.time() if now is None else now) / self.half_life if self.half_life else 0.0))
+        return 2 ** (
+            self.rank(self[id]) - ((time.time() if now is None else now) / self.half_life if self.half_life else 0.0)
+        )
 
     def least(self) -> int:
         "Id of the fact with the smallest value."
-        if len(self._heap) > 4 * len(self) + 64: self._heap = [(self.rank(f), f.id) for f in self.facts.values()]; heapify(self._heap)
+        if len(self._heap) > 4 * len(self) + 64:
+            self._heap = [(self.rank(f), f.id) for f in self.facts.values()]
+            heapify(self._heap)
         while self._heap:
             rank, i = self._heap[0]
             if i not in self.facts: heappop(self._heap)
@@ -208,7 +239,10 @@ class RankedTable(OpenTable):
     def touch(self, ids: Iterable[int], now: float | None = None) -> None:
         "Count a use. It is kept with the next `save`."
         now = time.time() if now is None else now
-        for i in ids: f = self[i]; f.usage += 1; f.last_used = max(f.last_used, now)
+        for i in ids:
+            f = self[i]
+            f.usage += 1
+            f.last_used = max(f.last_used, now)
 
 # %% ../../nbs/09b_bank.ipynb #35d0ee91
 FORMAT = 1  # of the files
@@ -223,7 +257,8 @@ def digest(path: Path) -> dict:
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha.hexdigest()}
 
 
-def encode(x: Tensor | None) -> str | None: return None if x is None else base64.b64encode(x.detach().float().cpu().numpy().tobytes()).decode()
+def encode(x: Tensor | None) -> str | None:
+    return None if x is None else base64.b64encode(x.detach().float().cpu().numpy().tobytes()).decode()
 
 
 def decode(text: str | None, rows: int | None = None) -> Tensor | None:  # (w,) or (rows, w)
@@ -243,7 +278,8 @@ def records(data: bytes, path: Path) -> Iterator[tuple[int, dict]]:
     at = 0
     while (end := data.find(b"\n", at)) >= 0:
         body = data[at + 9:end]
-        if data[at:at + 9] != b"%08x " % zlib.crc32(body): raise ValueError(f"{path} is damaged at byte {at}: restore it from a copy, or cut it off there")
+        if data[at:at + 9] != b"%08x " % zlib.crc32(body):
+            raise ValueError(f"{path} is damaged at byte {at}: restore it from a copy, or cut it off there")
         at = end + 1
         yield at, json.loads(body)
 
@@ -254,15 +290,19 @@ class Disk:
         folder: str | Path,
         wait: float = 10.0,  # seconds to wait for another process
     ):
-        self.folder, self.generation, self.position = Path(folder), 0, 0
-        self.pointer, self.log = self.folder / "memory_bank.json", self.folder / "memory_bank.log"
+        self.folder = Path(folder)
+        self.generation = 0
+        self.position = 0
+        self.pointer = self.folder / "memory_bank.json"
+        self.log = self.folder / "memory_bank.log"
         self.lock = FileLock(self.folder / ".memory_bank.lock", timeout=wait)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         "Alone with the folder."
         try: self.lock.acquire()
-        except Timeout: raise TimeoutError(f"another process keeps {self.folder} locked: close it, or wait longer") from None
+        except Timeout:
+            raise TimeoutError(f"another process keeps {self.folder} locked: close it, or wait longer") from None
         try: yield
         finally: self.lock.release()
 
@@ -279,17 +319,25 @@ class Disk:
         if not self.pointer.is_file(): return {"generation": 0, "files": {}}
         try:
             pointer = json.loads(self.pointer.read_text(encoding="utf-8"))
-            version, generation, files = pointer["format"], pointer["generation"], pointer["files"]
-        except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{self.pointer} is damaged ({e}): restore it from a copy") from None
-        if version != FORMAT: raise ValueError(f"{self.pointer} has format {version!r}, this version reads {FORMAT}: update memory_notebook")
+            version = pointer["format"]
+            generation = pointer["generation"]
+            files = pointer["files"]
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"{self.pointer} is damaged ({e}): restore it from a copy") from None
+        if version != FORMAT:
+            raise ValueError(
+                f"{self.pointer} has format {version!r}, this version reads {FORMAT}: update memory_notebook"
+            )
         for kind, f in files.items():
-            if not FILE.fullmatch(str(f["name"])): raise ValueError(f"{self.pointer} names the file {f['name']!r}, which is none of a bank's")
+            if not FILE.fullmatch(str(f["name"])):
+                raise ValueError(f"{self.pointer} names the file {f['name']!r}, which is none of a bank's")
         return {"generation": int(generation), "files": files}
 
     def part(self, files: dict, kind: str) -> Path:
         "One file of the snapshot, if it is the one that was written."
         path = self.folder / files[kind]["name"]
-        if not path.is_file() or digest(path) != files[kind]: raise ValueError(f"{path} is missing or damaged: its checksum differs from {self.pointer}")
+        if not path.is_file() or digest(path) != files[kind]:
+            raise ValueError(f"{path} is missing or damaged: its checksum differs from {self.pointer}")
         return path
 
 # %% ../../nbs/09b_bank.ipynb #ba452ad0
@@ -297,18 +345,24 @@ class Journal(Disk):
     "Changes since the last save."
     def append(self, changes: list[dict]) -> None:
         "Write lines that survive whatever happens next."
-        path = self.file("journal"); self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.file("journal")
+        self.folder.mkdir(parents=True, exist_ok=True)
         with open(path, "ab") as f:
             f.truncate(self.position)  # half of a line, left by a process that was killed
-            f.write(b"".join(map(record, changes))); f.flush(); os.fsync(f.fileno())
+            f.write(b"".join(map(record, changes)))
+            f.flush()
+            os.fsync(f.fileno())
             self.position = f.tell()
 
     def news(self) -> list[dict]:
         "Lines that this process has not read."
         path = self.file("journal")
         if not path.is_file() or path.stat().st_size <= self.position: return []
-        with open(path, "rb") as f: f.seek(self.position); data = f.read()
-        lines, start = list(records(data, path)), self.position
+        with open(path, "rb") as f:
+            f.seek(self.position)
+            data = f.read()
+        lines = list(records(data, path))
+        start = self.position
         if lines: self.position = start + lines[-1][0]
         return [change for _, change in lines]
 
@@ -320,9 +374,15 @@ class Journal(Disk):
     def switch(self, generation: int, files: dict[str, Path], facts: int) -> None:
         "Let the pointer name a new generation whose files are written, and remove the old."
         self.file("journal", generation).unlink(missing_ok=True)
-        said = {"format": FORMAT, "generation": generation, "facts": facts, "files": {k: digest(p) for k, p in files.items()}}
+        said = {
+            "format": FORMAT,
+            "generation": generation,
+            "facts": facts,
+            "files": {k: digest(p) for k, p in files.items()},
+        }
         write_atomic(self.pointer, lambda part: part.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8"))
-        self.generation, self.position = generation, 0
+        self.generation = generation
+        self.position = 0
         for old in self.folder.glob("memory_bank-*"):
             if old.is_file() and old.stem != f"memory_bank-{generation}" : old.unlink(missing_ok=True)
 
@@ -335,32 +395,50 @@ class StoredTable(RankedTable):
     "A table that is written and read back."
     def _write(self, disk: Journal, generation: int) -> dict[str, Path]:
         "The files of one generation."
-        facts, slots = list(self.facts.values()), [e for f in self.facts.values() for e in f.entries]
-        tensors = {"numbers": torch.tensor([[getattr(f, n) for n in NUMBERS] for f in facts], dtype=torch.float64).view(-1, len(NUMBERS)),
-                   "counts": torch.tensor([len(f.entries) for f in facts], dtype=torch.long), "marks": self.marks[slots]}
+        facts = list(self.facts.values())
+        slots = [e for f in self.facts.values() for e in f.entries]
+        tensors = {
+            "numbers": torch.tensor([[getattr(f, n) for n in NUMBERS] for f in facts], dtype=torch.float64).view(
+                -1, len(NUMBERS)
+            ),
+            "counts": torch.tensor([len(f.entries) for f in facts], dtype=torch.long),
+            "marks": self.marks[slots],
+        }
         said = {c: [getattr(f, c) for f in facts] for c in COLUMNS} | {"next_id": self.next_id}
         if disk is self.disk and self.store == "lance":
-            tensors |= {"key_slots": torch.tensor([f.key for f in facts], dtype=torch.long), "entry_slots": torch.tensor(slots, dtype=torch.long)}
+            tensors |= {
+                "key_slots": torch.tensor([f.key for f in facts], dtype=torch.long),
+                "entry_slots": torch.tensor(slots, dtype=torch.long),
+            }
             said["lance"] = [self.keys.mark(), self.states.mark()]
         else:
             if facts: tensors["keys"] = self.keys.get([f.key for f in facts])
             if slots: tensors["states"] = self.states.get(slots)
         files = {k: disk.file(k, generation) for k in ("json", "safetensors")}
         write_atomic(files["json"], lambda part: part.write_text(json.dumps(said), encoding="utf-8"))
-        write_atomic(files["safetensors"], lambda part: save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, part))
+        write_atomic(
+            files["safetensors"], lambda part: save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, part)
+        )
         return files
 
     def _read(self, disk: Journal, files: dict) -> None:
         "Fill an empty table from the files of one generation."
-        said, tensors = json.loads(disk.part(files, "json").read_text(encoding="utf-8")), load_file(disk.part(files, "safetensors"))
+        said = json.loads(disk.part(files, "json").read_text(encoding="utf-8"))
+        tensors = load_file(disk.part(files, "safetensors"))
         try: facts = _facts(said, tensors)
-        except (KeyError, TypeError, IndexError, RuntimeError) as e: raise ValueError(f"{disk.pointer}: its files are of another kind ({e})") from e
-        counts, slots = tensors["counts"].tolist(), None
+        except (KeyError, TypeError, IndexError, RuntimeError) as e:
+            raise ValueError(f"{disk.pointer}: its files are of another kind ({e})") from e
+        counts = tensors["counts"].tolist()
+        slots = None
         if "lance" in said:
-            if self.disk is not disk or self.store != "lance": raise ValueError(f"{disk.folder} keeps its vectors in LanceDB: open it with store='lance'")
+            if self.disk is not disk or self.store != "lance":
+                raise ValueError(f"{disk.folder} keeps its vectors in LanceDB: open it with store='lance'")
             for store, mark in zip((self.keys, self.states), said["lance"]): store.restore(mark)
-            keys, slots = tensors["key_slots"].tolist(), tensors["entry_slots"].tolist()
-        else: keys, slots = self.keys.add(tensors["keys"]) if facts else [], self.states.add(tensors["states"]) if len(tensors["marks"]) else []
+            keys = tensors["key_slots"].tolist()
+            slots = tensors["entry_slots"].tolist()
+        else:
+            keys = self.keys.add(tensors["keys"]) if facts else []
+            slots = self.states.add(tensors["states"]) if len(tensors["marks"]) else []
         for f, key, n, end in zip(facts, keys, counts, accumulate(counts)): self._enter(f, key, slots[end - n:end])
         self._mark(keys, facts, slots, tensors["marks"])
         self.next_id = max(self.next_id, int(said["next_id"]))
@@ -368,9 +446,15 @@ class StoredTable(RankedTable):
 
 def _facts(said: dict, tensors: dict[str, Tensor]) -> list[Fact]:
     "The facts of a snapshot, without their slots, checked."
-    rows, numbers = list(zip(*(said[c] for c in COLUMNS), strict=True)), tensors["numbers"].tolist()
-    facts = [Fact(**dict(zip(COLUMNS, row)), **dict(zip(NUMBERS, number))) for row, number in zip(rows, numbers, strict=True)]
-    for f in facts: check_text(f.text); check_namespace(f.namespace); f.usage = int(f.usage)
+    rows = list(zip(*(said[c] for c in COLUMNS), strict=True))
+    numbers = tensors["numbers"].tolist()
+    facts = [
+        Fact(**dict(zip(COLUMNS, row)), **dict(zip(NUMBERS, number))) for row, number in zip(rows, numbers, strict=True)
+    ]
+    for f in facts:
+        check_text(f.text)
+        check_namespace(f.namespace)
+        f.usage = int(f.usage)
     check_finite(**{k: v for k, v in tensors.items() if v.is_floating_point()})
     entries = int(tensors["counts"].sum())
     for name, n in (("counts", len(facts)), ("keys", len(facts)), ("marks", entries), ("states", entries)):
@@ -386,8 +470,12 @@ class KeptTable(StoredTable):
     @contextmanager
     def _writing(self) -> Iterator[None]:
         "Alone with the folder, and up to date."
-        if self.disk is None: yield; return
-        with self.disk.locked(): self._catch_up(); yield
+        if self.disk is None:
+            yield
+            return
+        with self.disk.locked():
+            self._catch_up()
+            yield
 
     def _catch_up(self) -> None:
         pointer = self.disk.point()
@@ -396,7 +484,9 @@ class KeptTable(StoredTable):
 
     def _reload(self, pointer: dict) -> None:
         version = self.version
-        self._clear(); self.disk.generation, self.disk.position = pointer["generation"], 0
+        self._clear()
+        self.disk.generation = pointer["generation"]
+        self.disk.position = 0
         if pointer["files"]: self._read(self.disk, pointer["files"])
         elif self.store == "lance": [store.restore({"version": None, "end": 0}) for store in (self.keys, self.states)]
         self.version = version + 1
@@ -407,11 +497,23 @@ class KeptTable(StoredTable):
 
     def _commit(self, puts: list[tuple[Fact, NewFact]], drops: Iterable[int] = (), values: Iterable[int] = ()) -> None:
         "Journal first, then memory; `values` are facts whose importance was changed."
-        drops, values = list(drops), list(values)
+        drops = list(drops)
+        values = list(values)
         if self.disk is not None and (puts or drops or values):
-            self.disk.append([{"drop": i} for i in drops] + [{"value": [i, self[i].importance]} for i in values] + [
-                {"put": {n: getattr(f, n) for n in COLUMNS + NUMBERS}, "key": encode(new.key), "states": encode(new.entries),
-                 "tokens": new.tokens, "places": new.places} for f, new in puts])
+            self.disk.append(
+                [{"drop": i} for i in drops]
+                + [{"value": [i, self[i].importance]} for i in values]
+                + [
+                    {
+                        "put": {n: getattr(f, n) for n in COLUMNS + NUMBERS},
+                        "key": encode(new.key),
+                        "states": encode(new.entries),
+                        "tokens": new.tokens,
+                        "places": new.places,
+                    }
+                    for f, new in puts
+                ]
+            )
         self._apply(puts, drops)
         for i in values: heappush(self._heap, (self.rank(self[i]), i))
 
@@ -420,12 +522,20 @@ class KeptTable(StoredTable):
         puts: dict[int, tuple[Fact, NewFact]] = {}
         for c in changes:
             if "put" in c:
-                f, n = Fact(**c["put"]), len(c["tokens"])
-                check_text(f.text); check_namespace(f.namespace)
-                if f.id in puts: self._apply(list(puts.values())); puts = {}
-                puts[f.id] = f, NewFact(f.text, decode(c["key"]), decode(c["states"], n) if n else None, c["tokens"], c["places"])
+                f = Fact(**c["put"])
+                n = len(c["tokens"])
+                check_text(f.text)
+                check_namespace(f.namespace)
+                if f.id in puts:
+                    self._apply(list(puts.values()))
+                    puts = {}
+                puts[f.id] = (
+                    f,
+                    NewFact(f.text, decode(c["key"]), decode(c["states"], n) if n else None, c["tokens"], c["places"]),
+                )
                 continue
-            self._apply(list(puts.values()), [c["drop"]] if "drop" in c else ()); puts = {}
+            self._apply(list(puts.values()), [c["drop"]] if "drop" in c else ())
+            puts = {}
             if "drop" in c: self._apply([], [c["drop"]])
             elif c["value"][0] in self: self[c["value"][0]].importance = float(c["value"][1])
         if puts: self._apply(list(puts.values()))
@@ -446,30 +556,51 @@ class LearningTable(KeptTable):
         "Store facts, each after those before it; the journal is written once."
         self._check(facts)
         with self._writing():
-            decisions, puts, drops, seen, fresh = [], [], [], set(), self.next_id
+            decisions = []
+            puts = []
+            drops = []
+            seen = set()
+            fresh = self.next_id
             for new in facts:
-                names = {(new.namespace, "text", normal(new.text))} | ({(new.namespace, "subject", normal(new.subject))} if new.subject else set())
-                if names & seen: self._commit(puts, drops); puts, drops, seen = [], [], set()
+                names = {(new.namespace, "text", normal(new.text))} | (
+                    {(new.namespace, "subject", normal(new.subject))} if new.subject else set()
+                )
+                if names & seen:
+                    self._commit(puts, drops)
+                    puts = []
+                    drops = []
+                    seen = set()
                 decision, fact, gone = self._decide(new, fresh)
-                if fact is not None: puts.append((fact, new)); seen |= names; fresh += fact.id == fresh
-                decisions.append(decision); drops += gone
+                if fact is not None:
+                    puts.append((fact, new))
+                    seen |= names
+                    fresh += fact.id == fresh
+                decisions.append(decision)
+                drops += gone
             self._commit(puts, drops)
-            for new, d in zip(facts, decisions): self._note(d.action, [d.id], d.why, namespace=new.namespace, category=new.category[:64])
+            for new, d in zip(facts, decisions):
+                self._note(d.action, [d.id], d.why, namespace=new.namespace, category=new.category[:64])
             self._evict()
         return decisions
 
     def _check(self, facts: Iterable[NewFact]) -> None:
         for new in facts:
-            check_text(new.text); check_namespace(new.namespace)
-            n, m = len(new.tokens), 0 if new.entries is None else len(new.entries)
-            if new.key.dim() != 1 or n != m or n != len(new.places): raise ValueError(
-                f"expected a key (w,) and as many states as tokens and places, got {tuple(new.key.shape)}, {m}, {n} and {len(new.places)}")
+            check_text(new.text)
+            check_namespace(new.namespace)
+            n = len(new.tokens)
+            m = 0 if new.entries is None else len(new.entries)
+            if new.key.dim() != 1 or n != m or n != len(new.places):
+                raise ValueError(
+                    f"expected a key (w,) and as many states as tokens and places, got {tuple(new.key.shape)}, {m}, "
+                    f"{n} and {len(new.places)}"
+                )
         parts = [new.key for new in facts] + [new.entries.flatten() for new in facts if new.tokens]
         if parts: check_finite(vectors=torch.cat(parts))
 
     def _decide(self, new: NewFact, id: int) -> tuple[Decision, Fact | None, list[int]]:
         "What to do, the fact to be put, and facts that go."
-        now, about = time.time(), (new.importance, new.subject, new.object)
+        now = time.time()
+        about = (new.importance, new.subject, new.object)
         twin = self._texts.get((new.namespace, normal(new.text)))
         if twin is not None: return Decision("duplicate", f"fact {twin} says the same", twin, *about), None, []
         fact = Fact(id, *(getattr(new, n) for n in COLUMNS[1:-1]), max(0.0, new.importance), 0, now, now)
@@ -477,11 +608,22 @@ class LearningTable(KeptTable):
         if not old: return Decision("stored", new.why or "new", id, *about), fact, []
         first = self.facts[old[0][0]]
         if normal(first.object) == normal(new.object):
-            if old[0][1] >= self.duplicate: return Decision("duplicate", f"fact {first.id} says the same in other words", first.id, *about), None, []
+            if old[0][1] >= self.duplicate:
+                return (
+                    Decision("duplicate", f"fact {first.id} says the same in other words", first.id, *about),
+                    None,
+                    [],
+                )
             return Decision("stored", "other words for " + f"fact {first.id}", id, *about), fact, []
-        fact.id, fact.created, fact.usage = first.id, first.created, first.usage
+        fact.id = first.id
+        fact.created = first.created
+        fact.usage = first.usage
         fact.history = first.history + [{"text": first.text, "object": first.object, "until": now}]
-        return Decision("superseded", f"{first.object!r:.80} was true until now", first.id, *about), fact, [i for i, _ in old[1:]]
+        return (
+            Decision("superseded", f"{first.object!r:.80} was true until now", first.id, *about),
+            fact,
+            [i for i, _ in old[1:]],
+        )
 
     def _same_slot(self, new: NewFact) -> list[tuple[int, float]]:
         "Facts about the subject with the same relation, and the cosine (2: the same words), nearest first."
@@ -494,7 +636,9 @@ class LearningTable(KeptTable):
     def _evict(self) -> None:
         "Let go what does not fit."
         gone = []
-        while self.memory_size is not None and len(self) > self.memory_size: gone.append(self.least()); self._commit([], gone[-1:])
+        while self.memory_size is not None and len(self) > self.memory_size:
+            gone.append(self.least())
+            self._commit([], gone[-1:])
         self._note("evicted", gone, f"the bank holds {self.memory_size} facts, and these were worth least")
 
 # %% ../../nbs/09b_bank.ipynb #043f4d31
@@ -506,13 +650,15 @@ class UpkeptTable(LearningTable):
         if not math.isfinite(amount): raise ValueError(f"amount is {amount}: expected a number")
         with self._writing():
             for i in ids: self[i].importance = min(10.0, max(0.0, self[i].importance + amount))
-            self._commit([], (), ids); self._note("rewarded", ids, f"by {amount:g}")
+            self._commit([], (), ids)
+            self._note("rewarded", ids, f"by {amount:g}")
 
     def decay(self, below: float, now: float | None = None) -> list[int]:  # ids that went
         "Forget the facts whose value has fallen below a bound."
         with self._writing():
             gone = [i for i in self.facts if self.value(i, now) < below]
-            self._commit([], gone); self._note("faded", gone, f"worth less than {below:g}")
+            self._commit([], gone)
+            self._note("faded", gone, f"worth less than {below:g}")
         return gone
 
     def consolidate(self, cosine: float = 0.95) -> list[tuple[int, int]]:  # (kept, gone)
@@ -522,12 +668,21 @@ class UpkeptTable(LearningTable):
             for (space, subject), ids in list(self._about.items()):
                 if len(ids) < 2 or not subject: continue
                 ids = sorted(ids, key=lambda i: -self.rank(self.facts[i]))
-                keys = self.keys.get([self.facts[i].key for i in ids]); near = (keys @ keys.T >= cosine).tolist()
+                keys = self.keys.get([self.facts[i].key for i in ids])
+                near = (keys @ keys.T >= cosine).tolist()
                 for b, j in enumerate(ids):
-                    kept = next((i for a, i in enumerate(ids[:b]) if near[a][b] and normal(self[i].object) == normal(self[j].object)), None)
+                    kept = next(
+                        (
+                            i
+                            for a, i in enumerate(ids[:b])
+                            if near[a][b] and normal(self[i].object) == normal(self[j].object)
+                        ),
+                        None,
+                    )
                     if kept is not None: merged.append((kept, j))
             for kept, gone in merged: self[kept].usage += self[gone].usage
-            self._commit([], [j for _, j in merged]); self._note("merged", [j for _, j in merged], f"relations at least {cosine:g} alike")
+            self._commit([], [j for _, j in merged])
+            self._note("merged", [j for _, j in merged], f"relations at least {cosine:g} alike")
         return merged
 
 # %% ../../nbs/09b_bank.ipynb #b20fa502
@@ -544,13 +699,22 @@ class SearchedTable(UpkeptTable):
         "The best k facts of a persona: those about the subjects, then the nearest."
         if query.dim() != 1: raise ValueError(f"expected one query (w,), got {tuple(query.shape)}")
         gated = self.about(subjects, namespace)
-        near = (self.keys.get([self[i].key for i in gated]) @ unit(query.detach().to(self.device).float())).tolist() if gated else []
+        near = (
+            (self.keys.get([self[i].key for i in gated]) @ unit(query.detach().to(self.device).float())).tolist()
+            if gated
+            else []
+        )
         found = self._scored(zip(gated, near), True)[:k]
         if len(found) == k or namespace not in self._spaces: return found
         mask = self._owner[:, 1] == self._spaces[namespace]
         cosine, slots = (x[0] for x in self.keys.search(query[None], len(gated) + 4 * k + 16, mask[:self.keys.end]))
         ids = self._owner[slots[cosine > -math.inf], 0].tolist()
-        return found + self._scored(((i, c) for i, c in zip(ids, cosine.tolist()) if i not in set(gated)), False)[:k - len(found)]
+        return (
+            found
+            + self._scored(((i, c) for i, c in zip(ids, cosine.tolist()) if i not in set(gated)), False)[
+                : k - len(found)
+            ]
+        )
 
     def _scored(self, near: Iterable[tuple[int, float]], gated: bool) -> list[Retrieved]:
         weigh = lambda f: self.importance_weight * f.importance / (1 + f.importance)
@@ -568,10 +732,16 @@ class MemoryBank(SearchedTable):
         store: str = "ram",  # "ram"; "lance" in a bank with a folder
         device: str | torch.device = "cpu",  # of the vectors
     ):
-        if memory_size is not None and memory_size < 1: raise ValueError(f"memory_size is {memory_size}: expected at least 1, or None")
-        if half_life is not None and not half_life > 0: raise ValueError(f"half_life is {half_life}: expected seconds > 0, or None")
-        self.memory_size, self.duplicate, self.same_slot, self.half_life = memory_size, duplicate, same_slot, half_life
-        self.importance_weight, self.log = importance_weight, deque(maxlen=1000)
+        if memory_size is not None and memory_size < 1:
+            raise ValueError(f"memory_size is {memory_size}: expected at least 1, or None")
+        if half_life is not None and not half_life > 0:
+            raise ValueError(f"half_life is {half_life}: expected seconds > 0, or None")
+        self.memory_size = memory_size
+        self.duplicate = duplicate
+        self.same_slot = same_slot
+        self.half_life = half_life
+        self.importance_weight = importance_weight
+        self.log = deque(maxlen=1000)
         super().__init__(store, device)
 
     @classmethod
@@ -592,8 +762,11 @@ class MemoryBank(SearchedTable):
     @classmethod
     def load(cls, folder: str | Path, **options: Any) -> "MemoryBank":
         "A copy in memory of what a folder holds; the folder is left alone."
-        if not any(Path(folder).glob("memory_bank*")): raise FileNotFoundError(f"{folder} holds no memory_bank.json: save a bank there first")
-        bank = cls(**options); bank.disk = Journal(folder); bank.disk.generation = -1
+        if not any(Path(folder).glob("memory_bank*")):
+            raise FileNotFoundError(f"{folder} holds no memory_bank.json: save a bank there first")
+        bank = cls(**options)
+        bank.disk = Journal(folder)
+        bank.disk.generation = -1
         try: bank.refresh()
         except PermissionError: bank._catch_up()  # a folder that cannot be written needs no lock
         bank.disk = None
@@ -603,7 +776,11 @@ class MemoryBank(SearchedTable):
         "Write a new generation; nothing that was forgotten is left on disk. Without a folder: the one it was opened in."
         if folder is None and self.disk is None: raise ValueError("this bank lives in memory: save(folder)")
         with self._writing():
-            disk = self.disk if folder is None or self.disk and Path(folder).resolve() == self.disk.folder.resolve() else Journal(folder)
+            disk = (
+                self.disk
+                if folder is None or self.disk and Path(folder).resolve() == self.disk.folder.resolve()
+                else Journal(folder)
+            )
             disk.folder.mkdir(parents=True, exist_ok=True)
             with disk.locked():
                 generation = disk.point()["generation"] + 1
@@ -612,5 +789,8 @@ class MemoryBank(SearchedTable):
 
     def forget(self, id: int, why: str = "asked for") -> Fact:  # what went
         "Take a fact out, with its vectors and its history. `save` takes it off the disk, too."
-        with self._writing(): fact = self[id]; self._commit([], [id]); self._note("forgotten", [id], why)
+        with self._writing():
+            fact = self[id]
+            self._commit([], [id])
+            self._note("forgotten", [id], why)
         return fact

@@ -21,8 +21,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from .bank import MemoryBank, NewFact
 from .gpt2 import ContinualLearningGPT2, with_memory
 from .reads import READS, Probe
-from ..train import Run, experiment, over_seeds, pick_device, race
 from .world import KINDS, RELATIONS, Fact, World, make_fact
+from ..runs import Run, experiment, over_seeds, race
+from ..train import pick_device
 
 # %% ../../nbs/09f_facts.ipynb #83c40081
 @torch.no_grad()
@@ -34,13 +35,21 @@ def ask(
     **call: Any,  # use_memory=False for the base model
 ) -> tuple[Tensor, Tensor]:  # right (n,), next token (n,)
     "Whether greedy decoding answers each prompt rightly, and the token that it writes first."
-    m = model.memory; wanted = m.lexicon.encode(answers or [""] * len(prompts))
-    right, after = [], []
+    m = model.memory
+    wanted = m.lexicon.encode(answers or [""] * len(prompts))
+    right = []
+    after = []
     for i in range(0, len(prompts), batch_size):
-        inputs, want = m.batch(prompts[i:i + batch_size]), wanted[i:i + batch_size]
+        inputs = m.batch(prompts[i:i + batch_size])
+        want = wanted[i:i + batch_size]
         new = 1 + max(map(len, want))
-        said = model.generate(**inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=m.pad, **call)[:, -new:].tolist()
-        right += [row[:len(y)] == y and not m.lexicon.text(row[len(y):len(y) + 1])[:1].isalnum() for row, y in zip(said, want)]
+        said = model.generate(
+            **inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=m.pad, **call
+        )[:, -new:].tolist()
+        right += [
+            row[: len(y)] == y and not m.lexicon.text(row[len(y) : len(y) + 1])[:1].isalnum()
+            for row, y in zip(said, want)
+        ]
         after += [row[0] for row in said]
     return torch.tensor(right), torch.tensor(after)
 
@@ -52,13 +61,17 @@ def divergence(
     batch_size: int = 32,
 ) -> float:  # nats a token
     "How far memory moves the next-token probabilities on texts: KL(base || with memory)."
-    m, total, count = model.memory, 0.0, 0
+    m = model.memory
+    total = 0.0
+    count = 0
     rows = [m.begin + r for r in m.lexicon.encode(texts)]
     for i in range(0, len(rows), batch_size):
         part = rows[i:i + batch_size]
         base, new = (m.run(part, use_memory=on)[2].log_softmax(-1) for on in (False, True))
         kl = (base.exp() * (base - new)).sum(-1)
-        for row, r in zip(kl, part): total += row[:len(r)].sum().item(); count += len(r)
+        for row, r in zip(kl, part):
+            total += row[:len(r)].sum().item()
+            count += len(r)
     return total / count
 
 # %% ../../nbs/09f_facts.ipynb #01162df1
@@ -81,17 +94,25 @@ class Examiner:
         seed: int = 0,
         most: int = 200,  # facts that are asked about
     ):
-        self.model, self.world, rng = model, world, random.Random(seed)
-        self.facts = world.fresh(n, f"exam-{seed}", calibration_subjects(world)); self.asked = rng.sample(self.facts, min(most, n))
-        self.texts, self.categories = [world.statement(f) for f in self.facts], [f.category for f in self.facts]
+        self.model = model
+        self.world = world
+        rng = random.Random(seed)
+        self.facts = world.fresh(n, f"exam-{seed}", calibration_subjects(world))
+        self.asked = rng.sample(self.facts, min(most, n))
+        self.texts = [world.statement(f) for f in self.facts]
+        self.categories = [f.category for f in self.facts]
         self.about: dict[str, list[Fact]] = {}  # of whom each question asks
         def some(kind: str, score: str, k: int) -> list[tuple[str, str]]:
             pairs = [(f, p) for f in self.asked for p in few(world.prompts(f, kind), k, rng)]
             self.about[score] = [f for f, _ in pairs]
             return [p for _, p in pairs]
         stored = {f.subject for f in self.facts}
-        self.questions = {"edit_success": some("said", "edit_success", 1), "paraphrase": some("paraphrase", "paraphrase", 2), "unseen": some("unseen", "unseen", 2),
-                          "known": [world.prompts(f)[0] for f in rng.sample(world.known, min(len(world.known), 300))]}
+        self.questions = {
+            "edit_success": some("said", "edit_success", 1),
+            "paraphrase": some("paraphrase", "paraphrase", 2),
+            "unseen": some("unseen", "unseen", 2),
+            "known": [world.prompts(f)[0] for f in rng.sample(world.known, min(len(world.known), 300))],
+        }
         self.similar = [p for f in self.asked for p in world.negatives(f, 2, seed, stored)]
         self.others = [(p, " " + f.object) for f in self.asked for p in few(world.leaks(f), 2, rng)]
         self.general = world.general_text(60, f"exam-{seed}")
@@ -102,9 +123,19 @@ class Examiner:
         told = {f.subject: t + " " for f, t in zip(self.facts, self.texts)}
         def scores(pairs: list, facts: list) -> float:
             before = [told[f.subject] if context else "" for f in facts]
-            return ask(self.model, [b + p for b, (p, _) in zip(before, pairs)], [a for _, a in pairs], use_memory=False)[0].float().mean().item()
+            return (
+                ask(self.model, [b + p for b, (p, _) in zip(before, pairs)], [a for _, a in pairs], use_memory=False)[0]
+                .float()
+                .mean()
+                .item()
+            )
         out = {kind: scores(self.questions[kind], facts) for kind, facts in self.about.items()}
-        return out if context else out | {"known": ask(self.model, *zip(*self.questions["known"]), use_memory=False)[0].float().mean().item()}
+        return (
+            out
+            if context
+            else out
+            | {"known": ask(self.model, *zip(*self.questions["known"]), use_memory=False)[0].float().mean().item()}
+        )
 
     def examine(self) -> dict[str, float]:
         "Scores with memory."
@@ -116,12 +147,18 @@ class Examiner:
 
     def tell(self, one_by_one: int = 20) -> dict[str, float]:
         "Tell all facts; the first ones are asked for as soon as each is told."
-        start, right = time.process_time(), []
+        start = time.process_time()
+        right = []
         for t, c, f in zip(self.texts[:one_by_one], self.categories, self.facts):
-            self.model.learn_from_example(t, c); right.append(ask(self.model, *zip(*self.world.prompts(f)))[0].item())
+            self.model.learn_from_example(t, c)
+            right.append(ask(self.model, *zip(*self.world.prompts(f)))[0].item())
         self.model.learn(self.texts[one_by_one:], self.categories[one_by_one:])
         cost = (time.process_time() - start) / len(self.texts)
-        return {"at_once": sum(right) / len(right), "stored": len(self.model.bank) / len(self.texts), "learn_ms": 1000 * cost}
+        return {
+            "at_once": sum(right) / len(right),
+            "stored": len(self.model.bank) / len(self.texts),
+            "learn_ms": 1000 * cost,
+        }
 
 # %% ../../nbs/09f_facts.ipynb #e4a38ca6
 def probes(
@@ -129,7 +166,8 @@ def probes(
     subjects: int = 150,
 ) -> list[Probe]:
     "Prompts to calibrate on: for each of some new subjects all that can be asked, in two wordings of the corpus and two held-out ones."
-    rng, out = random.Random("probes"), []
+    rng = random.Random("probes")
+    out = []
     for f in calibration_subjects(world, subjects):
         for relation in KINDS[RELATIONS[f.relation].kind]:
             fact = make_fact(f.subject, relation, rng.choice(world.pools[RELATIONS[relation].objects]))
@@ -150,11 +188,21 @@ def overhead(
     for b in batches:
         inputs = [model.memory.batch(prompts[i:i + b]) for i in range(0, len(prompts) - b + 1, b)]
         def generate(queue: Any) -> None:
-            model.generate(**next(queue), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=model.memory.pad)
+            model.generate(
+                **next(queue),
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=model.memory.pad,
+            )
         def base(queue: Any) -> None:
             with model.memory_off(): generate(queue)
-        seconds = race({k: lambda f=f, queue=cycle(inputs): f(queue) for k, f in (("base", base), ("memory", generate))}, turns)
-        out |= {f"{k}_ms_b{b}": 1000 * s / tokens for k, s in seconds.items()} | {f"overhead_b{b}": seconds["memory"] / seconds["base"] - 1}
+        seconds = race(
+            {k: lambda f=f, queue=cycle(inputs): f(queue) for k, f in (("base", base), ("memory", generate))}, turns
+        )
+        out |= {f"{k}_ms_b{b}": 1000 * s / tokens for k, s in seconds.items()} | {
+            f"overhead_b{b}": seconds["memory"] / seconds["base"] - 1
+        }
     return out
 
 
@@ -176,14 +224,34 @@ def at_gpt2_size(
     **config: Any,  # of `GPT2Config`, to try it at another size
 ) -> dict[str, float]:
     "`overhead` of a random model with the width and depth of GPT-2; facts beyond the first size have random states, as only their number counts here."
-    torch.manual_seed(0); facts, told = world.fresh(sizes[1], "gpt2-size"), sizes[0]
-    model = with_memory(GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, **config)).eval(), tokenizer)
-    model.learn([world.statement(f) for f in facts[:told]]); m, out = model.memory, {}
+    torch.manual_seed(0)
+    facts = world.fresh(sizes[1], "gpt2-size")
+    told = sizes[0]
+    model = with_memory(
+        GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, **config)).eval(),
+        tokenizer,
+    )
+    model.learn([world.statement(f) for f in facts[:told]])
+    m = model.memory
+    out = {}
     for n in sizes:
         for f in facts[told:n]:
             tokens = m.lexicon.encode([" " + f.object])[0]
-            model.bank.add(NewFact(world.statement(f), torch.randn(m.width), torch.randn(len(tokens), m.width), tokens, list(range(len(tokens))), f.subject, f.object, world.wording(f)))
-        out |= {f"n{n}.{k}": v for k, v in overhead(model, half_known(world, facts[:n]), turns=turns).items()} | {f"n{n}.stored": len(model.bank) / n}
+            model.bank.add(
+                NewFact(
+                    world.statement(f),
+                    torch.randn(m.width),
+                    torch.randn(len(tokens), m.width),
+                    tokens,
+                    list(range(len(tokens))),
+                    f.subject,
+                    f.object,
+                    world.wording(f),
+                )
+            )
+        out |= {f"n{n}.{k}": v for k, v in overhead(model, half_known(world, facts[:n]), turns=turns).items()} | {
+            f"n{n}.stored": len(model.bank) / n
+        }
     return out | {"params": model.num_parameters()}
 
 # %% ../../nbs/09f_facts.ipynb #fd13ea28
@@ -196,19 +264,29 @@ def growth(
     log: Callable[[str], None] = lambda text: None,
 ) -> dict[str, float]:
     "Tell facts up to each size, and measure there: milliseconds a fact, a duplicate, a retrieval, a forgetting, of saving and loading; bytes; overhead."
-    facts, done, out = world.fresh(sizes[-1], f"growth-{seed}"), 0, {}
+    facts = world.fresh(sizes[-1], f"growth-{seed}")
+    done = 0
+    out = {}
     def timed(name: str, times: int, f: Callable[[], Any]) -> Any:
-        start = time.perf_counter(); result = f(); out[name] = (time.perf_counter() - start) * 1000 / times
+        start = time.perf_counter()
+        result = f()
+        out[name] = (time.perf_counter() - start) * 1000 / times
         return result
     for n in sizes:
-        new, name = facts[done:n], lambda what: f"growth.n{n}.{what}"
-        texts, some = [world.statement(f) for f in new], new[::max(1, len(new) // 50)][:50]
-        timed(name("add_ms"), len(new), lambda: model.learn(texts)); done = n
+        new = facts[done:n]
+        name = lambda what: f"growth.n{n}.{what}"
+        texts = [world.statement(f) for f in new]
+        some = new[::max(1, len(new) // 50)][:50]
+        timed(name("add_ms"), len(new), lambda: model.learn(texts))
+        done = n
         same = timed(name("dedup_ms"), len(texts[-100:]), lambda: model.learn(texts[-100:]))
         out[name("dedup_share")] = sum(not d.stored for d in same) / len(same)
-        found = timed(name("retrieve_ms"), len(some), lambda: [model.retrieve_memories(world.prompts(f)[0][0]) for f in some])
+        found = timed(
+            name("retrieve_ms"), len(some), lambda: [model.retrieve_memories(world.prompts(f)[0][0]) for f in some]
+        )
         out[name("retrieve_hit")] = sum(r[0].fact.subject == f.subject for r, f in zip(found, some)) / len(some)
-        last = [f.id for f in model.bank.list()[-20:]]; timed(name("forget_ms"), len(last), lambda: [model.forget(i) for i in last])
+        last = [f.id for f in model.bank.list()[-20:]]
+        timed(name("forget_ms"), len(last), lambda: [model.forget(i) for i in last])
         out[name("memory_bytes")] = model.memory_bytes()
         mixed = half_known(world, facts[:n])
         speed = overhead(model, mixed, turns=turns), overhead(model, mixed[1::2], turns=turns)
@@ -218,7 +296,10 @@ def growth(
             out[name("disk_bytes")] = sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
             again = timed(name("load_ms"), 1, lambda: MemoryBank.load(folder))
             out[name("same_after_load")] = float(len(again) == len(model.bank))
-        log(f"{n:,} facts: {out[name('add_ms')]:.1f} ms to add one, {100 * out[name('overhead_b1')]:.0f} % slower a token")
+        log(
+            f"{n:,} facts: {out[name('add_ms')]:.1f} ms to add one, {100 * out[name('overhead_b1')]:.0f} % slower a "
+            "token"
+        )
     return out
 
 # %% ../../nbs/09f_facts.ipynb #a98a7d8a
@@ -232,21 +313,38 @@ def gpt2_facts(run: Run, *,
     device: str = "auto",
 ) -> dict:
     "`<read>.n<facts>.<score>` beside `base` and `context`, `growth.n<facts>.<what>`, and the overhead at GPT-2's size."
-    if wrong := [r for r in reads if r not in READS]: raise ValueError(f"no read is called {wrong[0]!r}: choose from {', '.join(READS)}")
-    world, lm = World(0), ContinualLearningGPT2.from_pretrained(model).to(pick_device(device)).eval(); out = {}
+    if wrong := [r for r in reads if r not in READS]:
+        raise ValueError(f"no read is called {wrong[0]!r}: choose from {', '.join(READS)}")
+    world = World(0)
+    lm = ContinualLearningGPT2.from_pretrained(model).to(pick_device(device)).eval()
+    out = {}
     if model is not None: run.unit("calibration", lambda: lm.calibrate(probes(world)))
     def one(n: int, seed: int) -> dict[str, dict]:
-        lm.reset_memory(); lm.read = "knn"; exam = Examiner(lm, world, n, seed)
-        rows = {"base": exam.base(), "context": exam.base(context=True)}; told = exam.tell()
+        lm.reset_memory()
+        lm.read = "knn"
+        exam = Examiner(lm, world, n, seed)
+        rows = {"base": exam.base(), "context": exam.base(context=True)}
+        told = exam.tell()
         for read in reads:
-            lm.read = read; start = time.process_time()
-            rows[read] = exam.examine() | {"exam_s": time.process_time() - start, "bytes": lm.memory_bytes()} | (told if read == "knn" else {})
+            lm.read = read
+            start = time.process_time()
+            rows[read] = (
+                exam.examine()
+                | {"exam_s": time.process_time() - start, "bytes": lm.memory_bytes()}
+                | (told if read == "knn" else {})
+            )
         return rows
     for n in sizes:
         rows = [run.unit(f"n{n}-seed{s}", lambda: one(n, s)) for s in range(seeds * max(1, 100 // n))]
         for name in rows[0]: out |= {f"{name}.n{n}.{k}": v for k, v in over_seeds([r[name] for r in rows]).items()}
     if grow and grow[0]:
-        def grown() -> dict[str, float]: lm.reset_memory(); lm.read = "knn"; return growth(lm, world, grow, log=run.log)
+        def grown() -> dict[str, float]:
+            lm.reset_memory()
+            lm.read = "knn"
+            return growth(lm, world, grow, log=run.log)
         out |= run.unit("growth-" + "-".join(map(str, grow)), grown)
-        out |= {f"gpt2_size.{k}": v for k, v in run.unit("overhead-gpt2-size", lambda: at_gpt2_size(world, lm.tokenizer)).items()}
+        out |= {
+            f"gpt2_size.{k}": v
+            for k, v in run.unit("overhead-gpt2-size", lambda: at_gpt2_size(world, lm.tokenizer)).items()
+        }
     return out

@@ -22,24 +22,69 @@ import torch.nn.functional as F
 from numpy import ndarray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from .bank import COLUMNS, Decision, Fact, MemoryBank, NewFact, Retrieved, check_namespace, check_text, normal
 from ..core import unit
-from .reads import READS, Calibration, Moment, Pool, Probe, Probed, Read, Session, WordKeys, fit, host, relation_words
+from memory_notebook.language.bank import (
+    COLUMNS,
+    Decision,
+    Fact,
+    MemoryBank,
+    NewFact,
+    Retrieved,
+    check_namespace,
+    check_text,
+    normal,
+)
+from memory_notebook.language.reads import (
+    READS,
+    Calibration,
+    Moment,
+    Pool,
+    Probe,
+    Probed,
+    Read,
+    Session,
+    WordKeys,
+    fit,
+    host,
+    relation_words,
+)
 from .subjects import Heard, Lexicon, Listener, Parsed, parse, sentences
 from ..train import write_atomic
 
 # %% ../../nbs/09e_gpt2.ipynb #bf454ce6
 class Memory:
     "What stands beside a model: its tokenizer, a bank, a way to read it, and a calibration."
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, bank: MemoryBank | None = None, read: str = "knn", namespace: str = "default", **options: Any):
-        self.model, self.tokenizer, self.lexicon = model, tokenizer, Lexicon(tokenizer)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        bank: MemoryBank | None = None,
+        read: str = "knn",
+        namespace: str = "default",
+        **options: Any,
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.lexicon = Lexicon(tokenizer)
         self.keys: Callable = WordKeys(self.lexicon, model.get_input_embeddings().weight.cpu())
-        self.bank, self.namespace = MemoryBank() if bank is None else bank, check_namespace(namespace)
+        self.bank = MemoryBank() if bank is None else bank
+        self.namespace = check_namespace(namespace)
         self.begin = [self.lexicon.bos] if self.lexicon.adds_bos else []
-        self.off, self.report, self._calibration, self.sessions = False, {}, None, WeakKeyDictionary()
+        self.off = False
+        self.report = {}
+        self._calibration = None
+        self.sessions = WeakKeyDictionary()
         self.listener = Listener(self.lexicon, self.knows, self)
         self.use(read, **options)
 
@@ -64,7 +109,9 @@ class Memory:
         return self._calibration
 
     @calibration.setter
-    def calibration(self, c: Calibration) -> None: self._calibration, self.read.version = c, -1
+    def calibration(self, c: Calibration) -> None:
+        self._calibration = c
+        self.read.version = -1
 
     def head(self, hidden: Tensor) -> Tensor: return self.model.get_output_embeddings()(hidden)
     def model_marks(self) -> Tensor: return self.report.get("states", torch.zeros(0, self.width))
@@ -77,27 +124,50 @@ class MemoryForward:
 
     @property
     def memory(self) -> Memory:
-        if self._memory is None: raise ValueError("this model has no tokenizer yet, and its memory reads words: model.attach(tokenizer)")
+        if self._memory is None:
+            raise ValueError("this model has no tokenizer yet, and its memory reads words: model.attach(tokenizer)")
         return self._memory
 
-    def forward(self, input_ids: Tensor | None = None, past_key_values: Any = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-                inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None, logits_to_keep: int | Tensor = 0,
-                memory_ids: Tensor | None = None, use_memory: bool = True, return_dict: bool | None = None, **kwargs):
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        memory_ids: Tensor | None = None,
+        use_memory: bool = True,
+        return_dict: bool | None = None,
+        **kwargs,
+    ):
         "As the model's own. `use_memory=False`: the base model; `memory_ids` (b, T): all tokens of each row, where a cache has the older ones."
-        call = dict(input_ids=input_ids, past_key_values=past_key_values, attention_mask=attention_mask, position_ids=position_ids,
-                    inputs_embeds=inputs_embeds, use_cache=use_cache, logits_to_keep=logits_to_keep, **kwargs)
+        call = dict(
+            input_ids=input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
         m = self._memory
         if m is None or m.off or not use_memory or input_ids is None or not len(m.bank):
             return super().forward(**call, labels=labels, return_dict=return_dict)
         out = self._with_memory(call, self._session(input_ids, past_key_values, memory_ids, attention_mask))
-        if labels is not None: out.loss = self.loss_function(out.logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        if labels is not None:
+            out.loss = self.loss_function(out.logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         return out.to_tuple() if return_dict is False else out
 
     def _base(self, call: dict) -> Any: return super().forward(**call, return_dict=True)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs) -> dict:
         inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
-        if self._memory is not None and len(self._memory.bank): inputs["memory_ids"] = _unpadded(input_ids, attention_mask)
+        if self._memory is not None and len(self._memory.bank):
+            inputs["memory_ids"] = _unpadded(input_ids, attention_mask)
         return inputs
 
 
@@ -109,20 +179,31 @@ def _unpadded(ids: Tensor, mask: Tensor | None) -> Tensor:
 class MemorySession(MemoryForward):
     "What is remembered from call to call."
     def _session(self, input_ids: Tensor, cache: Any, memory_ids: Tensor | None, mask: Tensor | None) -> Session:
-        past, m = cache.get_seq_length() if cache is not None else 0, self._memory
+        past = cache.get_seq_length() if cache is not None else 0
+        m = self._memory
         session = m.sessions.get(cache) if past else None
         if memory_ids is None:
             if not past: memory_ids = _unpadded(input_ids, mask)
-            elif session is None: raise ValueError("the cache was filled without the memory, which has not seen its tokens: pass memory_ids, all tokens of each row")
+            elif session is None:
+                raise ValueError(
+                    "the cache was filled without the memory, which has not seen its tokens: pass memory_ids, all "
+                    "tokens of each row"
+                )
             else: memory_ids = torch.cat([session.ids, input_ids], 1)
         session = session or Session()
         session.align(memory_ids, input_ids.shape[1], m.listener)
         return session
 
     def _with_memory(self, call: dict, session: Session) -> Any:
-        m, t = self._memory, call["input_ids"].shape[1]
+        m = self._memory
+        t = call["input_ids"].shape[1]
         if session.prefix is not None: call = self._behind_prefix(call, session)
-        elif session.ids.shape[1] == t and session.open and any(facts := m.read.prefix(session)) is not None and facts != [None] * len(facts):
+        elif (
+            session.ids.shape[1] == t
+            and session.open
+            and any(facts := m.read.prefix(session)) is not None
+            and facts != [None] * len(facts)
+        ):
             return self._remember(self._prefixed(call, session, facts), session)
         if m.read.gated and not session.open or session.prefix is not None:
             return self._remember(self._base(call), session)
@@ -131,7 +212,13 @@ class MemorySession(MemoryForward):
         try: out = self._base(call)
         finally: hook.remove()
         keep = torch.arange(t, device=out.logits.device)
-        keep = keep[call["logits_to_keep"]] if isinstance(call["logits_to_keep"], Tensor) else keep[-call["logits_to_keep"]:] if call["logits_to_keep"] else keep
+        keep = (
+            keep[call["logits_to_keep"]]
+            if isinstance(call["logits_to_keep"], Tensor)
+            else keep[-call["logits_to_keep"] :]
+            if call["logits_to_keep"]
+            else keep
+        )
         out.logits = m.read.logits(Moment(states[0], out.logits, keep, session))
         return self._remember(out, session)
 
@@ -143,14 +230,16 @@ class MemorySession(MemoryForward):
 class MemoryPrefix(MemorySession):
     "Prompts behind a fact."
     def _prefixed(self, call: dict, session: Session, facts: list[int | None]) -> Any:
-        m, ids = self._memory, call["input_ids"]
+        m = self._memory
+        ids = call["input_ids"]
         texts = [[] if f is None else m.before_prompt(f) for f in facts]
         width = max(map(len, texts))
         before = torch.tensor([[0] * (width - len(x)) + x for x in texts], device=ids.device)
         session.prefix = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in texts], device=ids.device)
         if call["attention_mask"] is None: call["attention_mask"] = torch.ones_like(ids)
         call = self._behind_prefix(call, session) | {"input_ids": m.spaced(ids, session.ids, facts)}
-        if m.read.name == "kv": return self._on_cache(call, m.read.cache([f for f in facts if f is not None]), facts, width)
+        if m.read.name == "kv":
+            return self._on_cache(call, m.read.cache([f for f in facts if f is not None]), facts, width)
         call["input_ids"] = torch.cat([before, call["input_ids"]], 1)
         call["position_ids"] = (call["attention_mask"].cumsum(-1) - 1).clamp_min(0)
         out = self._base(call)
@@ -159,22 +248,40 @@ class MemoryPrefix(MemorySession):
 
     def _behind_prefix(self, call: dict, session: Session) -> dict:
         "Mask and positions that count the prefix."
-        ids, mask = call["input_ids"], call["attention_mask"]
+        ids = call["input_ids"]
+        mask = call["attention_mask"]
         if mask is None: mask = torch.ones_like(session.ids)
-        if mask.dim() != 2: raise ValueError(f"the read {self._memory.read.name!r} needs a cache that grows: leave out cache_implementation, or use read='knn'")
+        if mask.dim() != 2:
+            raise ValueError(
+                f"the read {self._memory.read.name!r} needs a cache that grows: leave out cache_implementation, or "
+                "use read='knn'"
+            )
         mask = torch.cat([session.prefix, mask], 1)
         return call | {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1]:]}
 
     def _on_cache(self, call: dict, kept: list, facts: list[int | None], width: int) -> Any:
-        cache, kept = call["past_key_values"], iter(kept)
-        rows = [None if f is None else next(kept) for f in facts]; some = next(r for r in rows if r is not None)
+        cache = call["past_key_values"]
+        kept = iter(kept)
+        rows = [None if f is None else next(kept) for f in facts]
+        some = next(r for r in rows if r is not None)
         if cache is None: cache = DynamicCache(config=self.config)
         for layer in range(len(some)):
-            k, v = (torch.stack([some[layer][i].new_zeros(some[layer][i].shape[0], width, some[layer][i].shape[2]) if r is None else
-                                 F.pad(r[layer][i], (0, 0, width - r[layer][i].shape[1], 0)) for r in rows]) for i in (0, 1))
+            k, v = (
+                torch.stack(
+                    [
+                        some[layer][i].new_zeros(some[layer][i].shape[0], width, some[layer][i].shape[2])
+                        if r is None
+                        else F.pad(r[layer][i], (0, 0, width - r[layer][i].shape[1], 0))
+                        for r in rows
+                    ]
+                )
+                for i in (0, 1)
+            )
             cache.update(k, v, layer)
         out = self._base(call | {"past_key_values": cache})
-        return type(out)(**{k: v for k, v in out.items() if k != "past_key_values"}) if call["use_cache"] is False else out
+        return (
+            type(out)(**{k: v for k, v in out.items() if k != "past_key_values"}) if call["use_cache"] is False else out
+        )
 
 # %% ../../nbs/09e_gpt2.ipynb #211a83aa
 class RunningMemory(Memory):
@@ -192,29 +299,42 @@ class RunningMemory(Memory):
         return out
 
     @torch.no_grad()
-    def run(self, rows: list[list[int]], **options: Any) -> tuple[Tensor, Tensor, Tensor]:  # ids (b, t), states (b, t, d), logits (b, t, V)
+    def run(
+        self, rows: list[list[int]], **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:  # ids (b, t), states (b, t, d), logits (b, t, V)
         "The model on rows of different lengths, padded on the right."
-        width, most = max(map(len, rows)), getattr(self.model.config, "max_position_embeddings", None)
-        if most is not None and width > most: raise ValueError(f"a text of {width} tokens is longer than the {most} that the model reads: tell it in shorter sentences")
+        width = max(map(len, rows))
+        most = getattr(self.model.config, "max_position_embeddings", None)
+        if most is not None and width > most:
+            raise ValueError(
+                f"a text of {width} tokens is longer than the {most} that the model reads: tell it in shorter sentences"
+            )
         pad = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=self.device)
-        ids, states = torch.tensor([r + [0] * (width - len(r)) for r in rows], device=self.device), []
+        ids = torch.tensor([r + [0] * (width - len(r)) for r in rows], device=self.device)
+        states = []
         hook = self.model.base_model.register_forward_hook(lambda module, args, out: states.append(out[0]))
-        training = self.model.training; self.model.eval()
+        training = self.model.training
+        self.model.eval()
         try: logits = self.model(ids, attention_mask=pad, use_cache=False, **options).logits
-        finally: hook.remove(); self.model.train(training)
+        finally:
+            hook.remove()
+            self.model.train(training)
         return ids, states[0].float(), logits.float()
 
     def read_once(self, ids: list[int]) -> list[tuple[Tensor, Tensor]]:
         "Keys and values of each layer for one text."
         cache = DynamicCache(config=self.model.config)
-        with torch.no_grad(): self.model(torch.tensor([ids], device=self.device), past_key_values=cache, use_memory=False)
+        with torch.no_grad():
+            self.model(torch.tensor([ids], device=self.device), past_key_values=cache, use_memory=False)
         return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
 
     def states(self, texts: list[str], batch_size: int = 64) -> list[Tensor]:  # (t, d) of each
         "Last states of texts."
-        rows, out = [self.begin + r for r in self.lexicon.encode(texts)], []
+        rows = [self.begin + r for r in self.lexicon.encode(texts)]
+        out = []
         for i in range(0, len(rows), batch_size):
-            part = rows[i:i + batch_size]; _, states, _ = self.run(part, use_memory=False)
+            part = rows[i:i + batch_size]
+            _, states, _ = self.run(part, use_memory=False)
             out += [s[:len(r)] for s, r in zip(states, part)]
         return out
 
@@ -231,7 +351,8 @@ class Reading(NamedTuple):
 
 class LearningMemory(RunningMemory):
     "A memory that turns sentences into facts."
-    surprise, gain = 0.5, 0.01  # probability below which a token is a surprise; nats a token below which a fact is not stored
+    surprise = 0.5
+    gain = 0.01  # probability below which a token is a surprise; nats a token below which a fact is not stored
 
     def readings(self, texts: list[str], subjects: list[str | None]) -> list[Reading]:
         "What the model did not expect of texts, and what they say of whom."
@@ -240,20 +361,41 @@ class LearningMemory(RunningMemory):
         log_p = F.pad(logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0], (1, 0))
         out = []
         for i, (text, row, subject) in enumerate(zip(texts, rows, subjects)):
-            ends = self.lexicon.ends(row); p = log_p[i, :len(row)]
+            ends = self.lexicon.ends(row)
+            p = log_p[i, :len(row)]
             odd = [(ends[j - 1], ends[j]) for j in (p < math.log(self.surprise)).nonzero()[:, 0].tolist() if j]
             parsed = parse(text, odd, self.lexicon, subject)
-            out.append(Reading(text, row, states[i, :len(row)], p, parsed, 0 if parsed is None else next(j for j, e in enumerate(ends) if e > parsed.start)))
+            out.append(
+                Reading(
+                    text,
+                    row,
+                    states[i, : len(row)],
+                    p,
+                    parsed,
+                    0 if parsed is None else next(j for j, e in enumerate(ends) if e > parsed.start),
+                )
+            )
         return out
 
     def fact(self, r: Reading, category: str) -> NewFact | None:
         "The fact that a reading makes, if any token of it can be predicted from the one before."
-        ends, p = self.lexicon.ends(r.ids), r.parsed
+        ends = self.lexicon.ends(r.ids)
+        p = r.parsed
         picked = [j for j in range(1, len(r.ids)) if ends[j] > p.start and ends[j - 1] < p.end]
         if not picked: return None
         asked = self.asked(r.text[:p.start], p.subject)
-        return NewFact(r.text, self.keys([asked])[0], r.states[[j - 1 for j in picked]].cpu(), [r.ids[j] for j in picked], list(range(len(picked))),
-                       p.subject, p.object, p.relation, category, self.namespace)
+        return NewFact(
+            r.text,
+            self.keys([asked])[0],
+            r.states[[j - 1 for j in picked]].cpu(),
+            [r.ids[j] for j in picked],
+            list(range(len(picked))),
+            p.subject,
+            p.object,
+            p.relation,
+            category,
+            self.namespace,
+        )
 
     def asked(self, text: str, subject: str) -> tuple[str, ...]:
         "The words of a relation, from the text before its object."
@@ -269,42 +411,74 @@ class TeachableMemory(LearningMemory):
         if not ids: return new
         facts = [self.bank[i] for i in ids]
         entries = [f.entries[0] for f in facts]
-        c, pool, state, each = self.calibration, self.read_pool(entries, facts), r.states[r.token - 1], np.zeros(len(facts), int)
+        c = self.calibration
+        pool = self.read_pool(entries, facts)
+        state = r.states[r.token - 1]
+        each = np.zeros(len(facts), int)
         log_p = host(self.head(state.to(self.model.dtype)).float().log_softmax(-1))
-        odds = c.odds(c.measures(c.states(host(state[None])), c.relations(host(new.key[None])), each, pool, log_p[pool.tokens], log_p.max().repeat(len(facts))))
+        odds = c.odds(
+            c.measures(
+                c.states(host(state[None])),
+                c.relations(host(new.key[None])),
+                each,
+                pool,
+                log_p[pool.tokens],
+                log_p.max().repeat(len(facts)),
+            )
+        )
         return new._replace(relation=facts[int(odds.argmax())].relation) if odds.max() > 0 else new
 
     def read_pool(self, entries: list[int], facts: list[Fact]) -> Pool:
         "One entry of each fact."
-        states, keys, tokens = self.bank.states.get(entries), self.bank.keys.get([f.key for f in facts]), self.bank.marks[entries, 0]
-        return self.calibration.pool(host(states), host(keys), tokens.cpu().numpy(), np.zeros(len(facts), bool), np.array([f.id for f in facts]))
+        states = self.bank.states.get(entries)
+        keys = self.bank.keys.get([f.key for f in facts])
+        tokens = self.bank.marks[entries, 0]
+        return self.calibration.pool(
+            host(states), host(keys), tokens.cpu().numpy(), np.zeros(len(facts), bool), np.array([f.id for f in facts])
+        )
 
     def gains(self, readings: list[Reading], facts: list[NewFact]) -> list[float]:
         "By how much each fact, alone in a bank, lowers the loss of its text, in nats a token."
-        bank, read = self.bank, self.read
+        bank = self.bank
+        read = self.read
         try:
-            self.bank = MemoryBank(); self.use(read.name, **read.options)
+            self.bank = MemoryBank()
+            self.use(read.name, **read.options)
             self.bank._apply([(Fact(i, *(getattr(new, n) for n in COLUMNS[1:-1])), new) for i, new in enumerate(facts)])
             ids, _, logits = self.run([r.ids for r in readings])
-        finally: self.bank, self.read = bank, read
+        finally:
+            self.bank = bank
+            self.read = read
         after = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-        return [((after[i, :len(r.ids) - 1] - r.log_p[1:]).sum() / max(1, len(r.ids) - 1)).item() for i, r in enumerate(readings)]
+        return [
+            ((after[i, : len(r.ids) - 1] - r.log_p[1:]).sum() / max(1, len(r.ids) - 1)).item()
+            for i, r in enumerate(readings)
+        ]
 
     def learn(self, texts: list[str], categories: list[str], subjects: list[str | None]) -> list[Decision]:
         "A batch of facts."
         for t in texts: check_text(t)
-        readings = self.readings(texts, subjects); decisions: list[Decision | None] = [None] * len(texts)
+        readings = self.readings(texts, subjects)
+        decisions: list[Decision | None] = [None] * len(texts)
         made: dict[int, NewFact] = {}
         for i, r in enumerate(readings):
             if r.parsed is None:
                 known = all(p >= math.log(self.surprise) for p in r.log_p[1:].tolist()[-3:])
-                decisions[i] = Decision("known", "the model expected every word") if known else Decision("refused", "no subject was found before what is new in it: give subject=")
-            elif (new := self.fact(r, categories[i])) is None: decisions[i] = Decision("known", "nothing behind the subject was unexpected", subject=r.parsed.subject)
+                decisions[i] = (
+                    Decision("known", "the model expected every word")
+                    if known
+                    else Decision("refused", "no subject was found before what is new in it: give subject=")
+                )
+            elif (new := self.fact(r, categories[i])) is None:
+                decisions[i] = Decision("known", "nothing behind the subject was unexpected", subject=r.parsed.subject)
             else: made[i] = new
         if made:
             for i, gain in zip(made, self.gains([readings[i] for i in made], list(made.values()))):
                 who = dict(importance=gain, subject=made[i].subject, object=made[i].object)
-                if gain <= self.gain: decisions[i] = Decision("refused", f"it lowers the loss by {gain:.3f} nats a token, less than {self.gain:g}", **who)
+                if gain <= self.gain:
+                    decisions[i] = Decision(
+                        "refused", f"it lowers the loss by {gain:.3f} nats a token, less than {self.gain:g}", **who
+                    )
                 else: made[i] = made[i]._replace(importance=gain, why=f"lowers the loss by {gain:.2f} nats a token")
             keep = {i: new for i, new in made.items() if decisions[i] is None}
             for i, d in zip(keep, self.store(readings, keep)): decisions[i] = d
@@ -312,33 +486,63 @@ class TeachableMemory(LearningMemory):
 
     def store(self, readings: list[Reading], keep: dict[int, NewFact]) -> list[Decision]:
         "Facts about subjects that are new go together, others one after another."
-        out, waiting = [], []
+        out = []
+        waiting = []
         for i, new in keep.items():
-            if any(normal(w.subject) == normal(new.subject) for w in waiting): out += self.bank.add(*waiting); waiting = []
+            if any(normal(w.subject) == normal(new.subject) for w in waiting):
+                out += self.bank.add(*waiting)
+                waiting = []
             waiting.append(self.same_slot(readings[i], new))
         return out + (self.bank.add(*waiting) if waiting else [])
 
 # %% ../../nbs/09e_gpt2.ipynb #0788d281
 class CalibratedMemory(TeachableMemory):
     "A memory that learns what near means."
-    def calibrate(self, probes: list[Probe], leak: float = 0.04, batch_size: int = 64, seed: int = 0) -> dict[str, float]:
+    def calibrate(
+        self, probes: list[Probe], leak: float = 0.04, batch_size: int = 64, seed: int = 0
+    ) -> dict[str, float]:
         "Fit metric, marks and weights to probes; what is returned are shares of entries that would be used."
         if len({p.relation for p in probes}) < 2 or len(probes) < 20:
-            raise ValueError(f"{len(probes)} probes of {len({p.relation for p in probes})} relations are too few: give some hundred, of several relations and wordings")
-        g, end, inner, of = torch.Generator().manual_seed(seed), [], [], []
+            raise ValueError(
+                f"{len(probes)} probes of {len({p.relation for p in probes})} relations are too few: give some "
+                "hundred, of several relations and wordings"
+            )
+        g = torch.Generator().manual_seed(seed)
+        end = []
+        inner = []
+        of = []
         asked, answers = (self.lexicon.encode([getattr(p, n) for p in probes]) for n in ("prompt", "answer"))
         for start in range(0, len(probes), batch_size):
             part = [(self.begin + q, a) for q, a in zip(asked, answers)][start:start + batch_size]
             _, states, logits = self.run([q + a for q, a in part], use_memory=False)
             for j, (q, a) in enumerate(part):
-                places = (1 + torch.randperm(max(1, len(q) - 2), generator=g)[:3]).tolist() + [len(q) + len(a) - 1]  # within, and behind the answer
+                # within, and behind the answer
+                places = (1 + torch.randperm(max(1, len(q) - 2), generator=g)[:3]).tolist() + [len(q) + len(a) - 1]
                 for found, at in [(end, len(q) - 1)] + [(inner, p) for p in places if p != len(q) - 1]:
-                    found.append((states[j, at].cpu(), logits[j, at].log_softmax(-1).cpu(), self.asked(self.lexicon.text((q + a)[:at + 1]), probes[start + j].subject)))
+                    found.append(
+                        (
+                            states[j, at].cpu(),
+                            logits[j, at].log_softmax(-1).cpu(),
+                            self.asked(self.lexicon.text((q + a)[: at + 1]), probes[start + j].subject),
+                        )
+                    )
                 of += [start + j] * (len(inner) - len(of))
-        def number(labels: list) -> ndarray: first = {x: i for i, x in enumerate(dict.fromkeys(labels))}; return np.array([first[x] for x in labels])
-        read = lambda found: (np.stack([s for s, _, _ in found]), host(self.keys([k for _, _, k in found])), np.stack([p for _, p, _ in found]))
-        probed = Probed(*read(end), number([p.relation for p in probes]), number([p.subject for p in probes]), number([k for _, _, k in end]),
-                        np.array([a[0] for a in answers]), (*read(inner), np.array(of)))
+        def number(labels: list) -> ndarray:
+            first = {x: i for i, x in enumerate(dict.fromkeys(labels))}
+            return np.array([first[x] for x in labels])
+        read = lambda found: (
+            np.stack([s for s, _, _ in found]),
+            host(self.keys([k for _, _, k in found])),
+            np.stack([p for _, p, _ in found]),
+        )
+        probed = Probed(
+            *read(end),
+            number([p.relation for p in probes]),
+            number([p.subject for p in probes]),
+            number([k for _, _, k in end]),
+            np.array([a[0] for a in answers]),
+            (*read(inner), np.array(of)),
+        )
         self.calibration, shares = fit(probed, leak, seed=seed)
         self.report = {"probes": len(probes), "leak": leak} | shares
         return shares
@@ -346,7 +550,14 @@ class CalibratedMemory(TeachableMemory):
 # %% ../../nbs/09e_gpt2.ipynb #a58e37b0
 class ContinualLearning(MemoryPrefix):
     "A causal language model that learns facts."
-    def attach(self, tokenizer: Any, bank: MemoryBank | None = None, read: str = "knn", namespace: str = "default", **options: Any) -> "ContinualLearning":
+    def attach(
+        self,
+        tokenizer: Any,
+        bank: MemoryBank | None = None,
+        read: str = "knn",
+        namespace: str = "default",
+        **options: Any,
+    ) -> "ContinualLearning":
         "Give the model a tokenizer and an empty memory, or a bank that is there."
         self._memory = SavedMemory(self, tokenizer, bank, read, namespace, **options)
         return self
@@ -358,7 +569,9 @@ class ContinualLearning(MemoryPrefix):
     def bank(self) -> MemoryBank: return self.memory.bank
 
     @bank.setter
-    def bank(self, bank: MemoryBank) -> None: self.memory.bank, self.memory.read.version = bank, -1
+    def bank(self, bank: MemoryBank) -> None:
+        self.memory.bank = bank
+        self.memory.read.version = -1
 
     @property
     def read(self) -> str: return self.memory.read.name
@@ -382,13 +595,19 @@ class ContinualLearning(MemoryPrefix):
         batch_size: int = 64,
     ) -> list[Decision]:
         "Tell the model many facts."
-        n = len(texts); categories, subjects = categories or ["general"] * n, subjects or [None] * n
-        if not n == len(categories) == len(subjects): raise ValueError(f"{n} texts, {len(categories)} categories, {len(subjects)} subjects: give one for each text")
+        n = len(texts)
+        categories = categories or ["general"] * n
+        subjects = subjects or [None] * n
+        if not n == len(categories) == len(subjects):
+            raise ValueError(
+                f"{n} texts, {len(categories)} categories, {len(subjects)} subjects: give one for each text"
+            )
         parts = [slice(i, i + batch_size) for i in range(0, n, batch_size)]
         return [d for p in parts for d in self.memory.learn(list(texts[p]), list(categories[p]), list(subjects[p]))]
 
     def forget(self, id: int) -> Fact: return self.bank.forget(id)
-    def calibrate(self, probes: list[Probe], **how: Any) -> dict[str, float]: return self.memory.calibrate(probes, **how)
+    def calibrate(self, probes: list[Probe], **how: Any) -> dict[str, float]:
+        return self.memory.calibrate(probes, **how)
 
     def reset_memory(self) -> None:
         "An empty bank in memory; the calibration stays."
@@ -397,21 +616,34 @@ class ContinualLearning(MemoryPrefix):
     @contextmanager
     def memory_off(self) -> Iterator[None]:
         "The base model, for a while."
-        was, self.memory.off = self.memory.off, True
+        was = self.memory.off
+        self.memory.off = True
         try: yield
         finally: self.memory.off = was
 
     def memory_bytes(self) -> int:
         "Bytes of the vectors of the bank, and of what the read keeps beside them."
-        bank = self.bank; width = lambda store: 0 if not len(store) else store.get([next(iter(bank.facts.values())).key]).shape[1] if store is bank.keys else self.memory.width
-        return 4 * (len(bank.keys) * width(bank.keys) + len(bank.states) * width(bank.states)) + 24 * len(bank.states) + self.memory.read.bytes()
+        bank = self.bank
+        width = lambda store: (
+            0
+            if not len(store)
+            else store.get([next(iter(bank.facts.values())).key]).shape[1]
+            if store is bank.keys
+            else self.memory.width
+        )
+        return (
+            4 * (len(bank.keys) * width(bank.keys) + len(bank.states) * width(bank.states))
+            + 24 * len(bank.states)
+            + self.memory.read.bytes()
+        )
 
 # %% ../../nbs/09e_gpt2.ipynb #83b47336
 class Answering(ContinualLearning):
     "Questions to a model with a memory."
     def retrieve_memories(self, prompt: str, k: int = 3) -> list[Retrieved]:
         "The best k facts for a prompt: those about the subjects it speaks of, then the nearest."
-        m = self.memory; heard = m.hear(prompt)
+        m = self.memory
+        heard = m.hear(prompt)
         asked = m.keys([relation_words(heard.previous, heard.sentence.decode(errors="ignore"), heard.subjects)])[0]
         return self.bank.retrieve_memories(asked, k, m.namespace, heard.subjects) if len(self.bank) else []
 
@@ -426,7 +658,9 @@ class Answering(ContinualLearning):
         return texts[0] if isinstance(prompt, str) else texts
 
     @torch.no_grad()
-    def next_tokens(self, prompt: str, k: int = 5) -> dict[str, tuple[float, float]]:  # token -> probability without and with memory
+    def next_tokens(
+        self, prompt: str, k: int = 5
+    ) -> dict[str, tuple[float, float]]:  # token -> probability without and with memory
         "The most probable next tokens, before and after memory."
         batch = self.memory.batch([prompt])
         before, after = (self(**batch, use_memory=on).logits[0, -1].float().softmax(-1) for on in (False, True))
@@ -436,7 +670,11 @@ class Answering(ContinualLearning):
     def explain(self, prompt: str, k: int = 3) -> dict[str, Any]:
         "Of whom a prompt speaks, what was retrieved, and what became of the next token."
         heard = self.memory.hear(prompt)
-        return {"subjects": list(heard.subjects), "retrieved": self.retrieve_memories(prompt, k), "next": self.next_tokens(prompt)}
+        return {
+            "subjects": list(heard.subjects),
+            "retrieved": self.retrieve_memories(prompt, k),
+            "next": self.next_tokens(prompt),
+        }
 
 # %% ../../nbs/09e_gpt2.ipynb #03df1f30
 class AskedMemory(CalibratedMemory):
@@ -452,13 +690,21 @@ class AskedMemory(CalibratedMemory):
 
     def batch(self, prompts: list[str]) -> dict[str, Tensor]:
         "Token ids and mask, padded on the left. Text that looks like a special token stays text."
-        if not prompts or not all(isinstance(p, str) and p for p in prompts): raise ValueError("give a prompt, or a list of prompts, with at least one character each")
-        rows = [self.begin + r for r in self.lexicon.encode(prompts)]; width = max(map(len, rows))
-        return {"input_ids": torch.tensor([[self.pad] * (width - len(r)) + r for r in rows], device=self.device),
-                "attention_mask": torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=self.device)}
+        if not prompts or not all(isinstance(p, str) and p for p in prompts):
+            raise ValueError("give a prompt, or a list of prompts, with at least one character each")
+        rows = [self.begin + r for r in self.lexicon.encode(prompts)]
+        width = max(map(len, rows))
+        return {
+            "input_ids": torch.tensor([[self.pad] * (width - len(r)) + r for r in rows], device=self.device),
+            "attention_mask": torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=self.device),
+        }
 
 # %% ../../nbs/09e_gpt2.ipynb #55a37a97
-WORLD = Path(__file__).parent / "assets" / "world-gpt2" if "__file__" in globals() else Path("../memory_notebook/assets/world-gpt2")
+WORLD = (
+    Path(__file__).parents[1] / "assets" / "world-gpt2"
+    if "__file__" in globals()
+    else Path("../memory_notebook/assets/world-gpt2")
+)
 _CLASSES: dict[type, type] = {}
 
 
@@ -468,9 +714,16 @@ def memory_class(
     "The class of a causal language model with a memory; its configuration has a type of its own, which the Auto classes know."
     if issubclass(base, ContinualLearning): return base
     if base not in _CLASSES:
-        config = type(f"Memory{base.config_class.__name__}", (base.config_class,), {"model_type": f"memory-{base.config_class.model_type}", "__module__": __name__})
-        _CLASSES[base] = type(f"Memory{base.__name__}", (Loading, base), {"config_class": config, "__module__": __name__, "_plain": base})
-        AutoConfig.register(config.model_type, config); AutoModelForCausalLM.register(config, _CLASSES[base])
+        config = type(
+            f"Memory{base.config_class.__name__}",
+            (base.config_class,),
+            {"model_type": f"memory-{base.config_class.model_type}", "__module__": __name__},
+        )
+        _CLASSES[base] = type(
+            f"Memory{base.__name__}", (Loading, base), {"config_class": config, "__module__": __name__, "_plain": base}
+        )
+        AutoConfig.register(config.model_type, config)
+        AutoModelForCausalLM.register(config, _CLASSES[base])
     return _CLASSES[base]
 
 
@@ -481,25 +734,45 @@ def with_memory(
 ) -> PreTrainedModel:  # the same object
     "Give a loaded model a memory."
     cls = memory_class(type(model))
-    model.config, model.__class__ = _config_for(cls, model.config), cls
+    model.config = _config_for(cls, model.config)
+    model.__class__ = cls
     return model.attach(tokenizer, **options)
 
 
 def _config_for(cls: type, config: Any) -> Any:
-    return config if isinstance(config, cls.config_class) else cls.config_class.from_dict({k: v for k, v in config.to_dict().items() if k != "model_type"})
+    return (
+        config
+        if isinstance(config, cls.config_class)
+        else cls.config_class.from_dict({k: v for k, v in config.to_dict().items() if k != "model_type"})
+    )
 
 # %% ../../nbs/09e_gpt2.ipynb #a4baf534
 class Loading(Answering):
     "Saving and loading."
     @classmethod
-    def from_pretrained(cls, name: str | Path | None = None, *args: Any, tokenizer: Any = None, read: str | None = None, config: Any = None, **kwargs: Any):
+    def from_pretrained(
+        cls,
+        name: str | Path | None = None,
+        *args: Any,
+        tokenizer: Any = None,
+        read: str | None = None,
+        config: Any = None,
+        **kwargs: Any,
+    ):
         "Load a model, its tokenizer and, if they were saved with it, calibration and bank. None: the model that ships with the package."
-        if name is None: name = WORLD; kwargs.setdefault("dtype", torch.float32)  # stored in half precision, in which a processor is slow
-        hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder") if k in kwargs}
+        if name is None:
+            name = WORLD
+            kwargs.setdefault("dtype", torch.float32)  # stored in half precision, in which a processor is slow
+        hub = {
+            k: kwargs[k]
+            for k in ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
+            if k in kwargs
+        }
         config = AutoConfig.from_pretrained(name, **hub) if config is None else config
         kind = cls._kind(config)
         model = super(Loading, kind).from_pretrained(name, *args, config=_config_for(kind, config), **kwargs)
-        info = kwargs.get("output_loading_info"); model, rest = model if info else (model, None)
+        info = kwargs.get("output_loading_info")
+        model, rest = model if info else (model, None)
         model.attach(AutoTokenizer.from_pretrained(name, **hub) if tokenizer is None else tokenizer)
         if Path(name).is_dir(): model.memory.load(Path(name))
         if read is not None: model.read = read
@@ -508,40 +781,65 @@ class Loading(Answering):
     @classmethod
     def _kind(cls, config: Any) -> type:
         if not issubclass(cls, PreTrainedModel) or type(config) not in (cls.config_class, cls._plain.config_class):
-            if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING: return memory_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
-            raise ValueError(f"no causal language model is known for {type(config).__name__}: load it, then with_memory(model, tokenizer)")
+            if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+                return memory_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+            raise ValueError(
+                f"no causal language model is known for {type(config).__name__}: load it, then with_memory(model, "
+                "tokenizer)"
+            )
         return cls
 
     def save_pretrained(self, folder: str | Path, *args: Any, **kwargs: Any) -> None:
         "Weights, configuration, tokenizer, calibration and bank, into one folder."
         super().save_pretrained(folder, *args, **kwargs)
-        if self._memory is not None: self.memory.tokenizer.save_pretrained(folder); self.memory.save(Path(folder))
+        if self._memory is not None:
+            self.memory.tokenizer.save_pretrained(folder)
+            self.memory.save(Path(folder))
 
 
-ContinualLearningGPT2, ContinualLearningLlama = memory_class(GPT2LMHeadModel), memory_class(LlamaForCausalLM)
+ContinualLearningGPT2 = memory_class(GPT2LMHeadModel)
+ContinualLearningLlama = memory_class(LlamaForCausalLM)
 
 # %% ../../nbs/09e_gpt2.ipynb #8abb9242
 class SavedMemory(AskedMemory):
     "A memory on disk, beside its model."
     def save(self, folder: Path) -> None:
         "Calibration, read and bank."
-        said = {"format": 1, "read": self.read.name, "options": self.read.options, "namespace": self.namespace, "report": self.report}
+        said = {
+            "format": 1,
+            "read": self.read.name,
+            "options": self.read.options,
+            "namespace": self.namespace,
+            "report": self.report,
+        }
         if self._calibration is not None:
             write_atomic(folder / "memory_read.safetensors", lambda part: save_file(self.calibration.tensors(), part))
-        write_atomic(folder / "memory_read.json", lambda part: part.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8"))
+        write_atomic(
+            folder / "memory_read.json",
+            lambda part: part.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8"),
+        )
         if len(self.bank) or (folder / "memory_bank.json").is_file(): self.bank.save(folder)
 
     def load(self, folder: Path) -> None:
         "What `save` wrote, as far as it is there."
         if (file := folder / "memory_read.json").is_file():
-            try: said = json.loads(file.read_text(encoding="utf-8")); version = said["format"]
-            except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{file} is damaged ({e}): restore it, or delete it and calibrate again") from None
-            if version != 1: raise ValueError(f"{file} has format {version!r}, this version reads 1: update memory_notebook")
-            self.namespace, self.report = check_namespace(said["namespace"]), said["report"]
+            try:
+                said = json.loads(file.read_text(encoding="utf-8"))
+                version = said["format"]
+            except (ValueError, KeyError, TypeError) as e:
+                raise ValueError(f"{file} is damaged ({e}): restore it, or delete it and calibrate again") from None
+            if version != 1:
+                raise ValueError(f"{file} has format {version!r}, this version reads 1: update memory_notebook")
+            self.namespace = check_namespace(said["namespace"])
+            self.report = said["report"]
             self.use(said["read"], **said["options"])
         if (file := folder / "memory_read.safetensors").is_file():
             c = Calibration(**{k: v.numpy() for k, v in load_file(file).items()})
-            if c.mean.shape != (self.width,): raise ValueError(f"{file} is of a model with states of width {len(c.mean)}, this one has {self.width}: calibrate again")
+            if c.mean.shape != (self.width,):
+                raise ValueError(
+                    f"{file} is of a model with states of width {len(c.mean)}, this one has {self.width}: calibrate "
+                    "again"
+                )
             self.calibration = c
         if (folder / "memory_bank.json").is_file(): self.bank = MemoryBank.load(folder)
 
@@ -565,8 +863,11 @@ class Chat:
         "What to say to a line."
         command, _, rest = line.strip().partition(" ")
         if command.lower() in ("quit", "exit"): return None
-        if command.lower() not in ("learn", "ask", "list", "why", "forget", "save", "help"): command, rest = "ask", line.strip()
-        if not rest and command in ("learn", "ask", "why", "forget"): return f"{command} what? `help` shows all commands"
+        if command.lower() not in ("learn", "ask", "list", "why", "forget", "save", "help"):
+            command = "ask"
+            rest = line.strip()
+        if not rest and command in ("learn", "ask", "why", "forget"):
+            return f"{command} what? `help` shows all commands"
         try: return getattr(self, command.lower())(rest.strip())
         except (ValueError, KeyError, OSError) as e: return f"not done: {printable(str(e.args[0] if e.args else e))}"
 
@@ -575,7 +876,9 @@ class Chat:
 
     def learn(self, text: str) -> str:
         d = self.model.learn_from_example(text)
-        return f"{d.action}: {printable(d.why)}" + (f" [{d.id}] {printable(d.subject)}: {printable(d.object)}" if d.stored else "")
+        return f"{d.action}: {printable(d.why)}" + (
+            f" [{d.id}] {printable(d.subject)}: {printable(d.object)}" if d.stored else ""
+        )
 
     def list(self, rest: str) -> str:
         facts = self.model.bank.list(self.model.memory.namespace)
@@ -600,7 +903,8 @@ class Chat:
 # %% ../../nbs/09e_gpt2.ipynb #26218c93
 def chat_memory(
     folder: str | Path | None = None,  # of the bank; every fact is kept there at once. None: gone in the end
-    model: str | Path | None = None,  # folder or name of a causal language model; None: the one that ships with the package
+    # folder or name of a causal language model; None: the one that ships with the package
+    model: str | Path | None = None,
     persona: str = "default",  # whose memory
     read: str = "knn",
 ) -> None:
@@ -608,7 +912,8 @@ def chat_memory(
     lm = ContinualLearningGPT2.from_pretrained(model, read=read).eval()
     lm.memory.namespace = check_namespace(persona)
     if folder is not None: lm.bank = MemoryBank.open(folder)
-    chat = Chat(lm); print(f"{len(lm.bank)} facts. `help` shows what you can say.")
+    chat = Chat(lm)
+    print(f"{len(lm.bank)} facts. `help` shows what you can say.")
     while True:
         try: reply = chat.answer(line) if (line := input("> ")).strip() else ""
         except (EOFError, KeyboardInterrupt): reply = None

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from numpy import ndarray
 from torch import Tensor, nn
 
-from .bank import Fact, MemoryBank, normal
 from ..core import unit
+from .bank import Fact, MemoryBank, normal
 from .subjects import STOP, Heard, Lexicon, Listener, words
 
 # %% ../../nbs/09d_reads.ipynb #1dd8f6a5
@@ -36,7 +36,10 @@ class Row(NamedTuple):
 class Session:
     "The rows of one generation, in the order in which the model sees them."
     def __init__(self):
-        self.ids, self.rows, self.new, self.trails = None, [], [], []  # ids (b, T); states of the rows; their new tokens, and what was heard at each
+        self.ids = None
+        self.rows = []
+        self.new = []
+        self.trails = []  # ids (b, T); states of the rows; their new tokens, and what was heard at each
         self.prefix = None  # (b, l) mask of what was put before the prompts
 
     def align(self, ids: Tensor, new: int, listener: Listener) -> None:
@@ -47,8 +50,10 @@ class Session:
                 parents = (old[:, None] == self.ids[None]).all(-1)
                 self.rows = [self.rows[p] for p in parents.int().argmax(1).tolist()] if parents.any(1).all() else []
         else: self.rows = []
-        if len(self.rows) != len(ids): self.rows = [Row((listener.follow(Heard(), row) or [Heard()])[-1]) for row in old.tolist()]
-        self.ids, self.new = ids, ids[:, -new:].tolist()
+        if len(self.rows) != len(ids):
+            self.rows = [Row((listener.follow(Heard(), row) or [Heard()])[-1]) for row in old.tolist()]
+        self.ids = ids
+        self.new = ids[:, -new:].tolist()
         self.trails = [listener.follow(row.heard, said) for row, said in zip(self.rows, self.new)]
         self.rows = [row._replace(heard=trail[-1]) for row, trail in zip(self.rows, self.trails)]
 
@@ -66,22 +71,32 @@ class Moment(NamedTuple):
 
 class Read:
     "A way to read the bank."
-    name, defaults, gated = "", {}, True  # gated: without a known subject the model is left alone
+    name = ""
+    defaults = {}
+    gated = True  # gated: without a known subject the model is left alone
 
     def __init__(self, memory: Any, **options: Any):
         if unknown := options.keys() - self.defaults.keys():
-            raise ValueError(f"read {self.name!r} has no option {', '.join(sorted(unknown))}: choose from {', '.join(self.defaults) or 'none'}")
-        self.memory, self.options, self.version = memory, self.defaults | options, -1
+            raise ValueError(
+                f"read {self.name!r} has no option {', '.join(sorted(unknown))}: choose from "
+                f"{', '.join(self.defaults) or 'none'}"
+            )
+        self.memory = memory
+        self.options = self.defaults | options
+        self.version = -1
 
     @property
     def bank(self) -> MemoryBank: return self.memory.bank
 
     def update(self) -> None:
         "What a read keeps beside the bank is made anew when the bank has changed."
-        if self.version != self.bank.version: self.rebuild(); self.version = self.bank.version
+        if self.version != self.bank.version:
+            self.rebuild()
+            self.version = self.bank.version
 
     def rebuild(self) -> None: ...
-    def prefix(self, session: Session) -> list[int | None]: return [None] * len(session.rows)  # facts to be put before the prompts
+    # facts to be put before the prompts
+    def prefix(self, session: Session) -> list[int | None]: return [None] * len(session.rows)
     def logits(self, now: Moment) -> Tensor: return now.logits  # with memory
     def bytes(self) -> int: return 0  # of what it keeps
 
@@ -90,10 +105,19 @@ class Read:
 def content(text: str, subjects: tuple[str, ...]) -> tuple[str, ...]:
     "The words of a text without the subjects, and without labels. One word more costs one word."
     rest, _, last = text.rpartition(" ")
-    if len(text) < 600 and last.isalpha() and last.islower() and rest and rest[-1].isalpha() and all(last != s.rpartition(" ")[2] for s in subjects): return content(rest, subjects) + (last,)
+    if (
+        len(text) < 600
+        and last.isalpha()
+        and last.islower()
+        and rest
+        and rest[-1].isalpha()
+        and all(last != s.rpartition(" ")[2] for s in subjects)
+    ):
+        return content(rest, subjects) + (last,)
     ws = [w.text.casefold() for w in words(text) if not text[w.end:].startswith(":")]
     for s in subjects:
-        own = s.split(); n = len(own)
+        own = s.split()
+        n = len(own)
         for i in range(len(ws) - n, -1, -1):
             if ws[i:i + n] == own: del ws[i:i + n]
     return tuple(ws)
@@ -122,8 +146,12 @@ def host(x: Tensor) -> ndarray:
 class WordKeys:
     "A relation as the mean of its words' embeddings."
     def __init__(self, lexicon: Lexicon, embedding: Tensor, light: float = 0.2):  # light: weight of a function word
-        table = embedding.detach().float(); self.table, self.lexicon, self.light = (table - table.mean(0)).numpy(), lexicon, light
-        self.words: dict[str, ndarray] = {}; self.sum = lru_cache(1 << 14)(self._sum)
+        table = embedding.detach().float()
+        self.table = (table - table.mean(0)).numpy()
+        self.lexicon = lexicon
+        self.light = light
+        self.words: dict[str, ndarray] = {}
+        self.sum = lru_cache(1 << 14)(self._sum)
 
     def meet(self, words: list[str]) -> None:
         "Words that are new go through the tokenizer together."
@@ -131,7 +159,8 @@ class WordKeys:
         self.words |= {w: v * np.float32(self.light if w in STOP else 1.0) for w, v in zip(words, vectors)}
 
     def _sum(self, ws: tuple[str, ...]) -> ndarray:
-        return self.sum(ws[:-1]) + self.words[ws[-1]] if ws else np.zeros_like(self.table[0])  # a sentence that grows adds a word
+        # a sentence that grows adds a word
+        return self.sum(ws[:-1]) + self.words[ws[-1]] if ws else np.zeros_like(self.table[0])
 
     def __call__(self, relations: list[tuple[str, ...]]) -> Tensor:  # (n, w) of length one; no words: zero
         relations = [r[-64:] for r in relations]
@@ -143,7 +172,8 @@ class WordKeys:
 class EncoderKeys:
     "A relation as a sentence encoder sees it."
     def __init__(self, encode: Callable[[list[str]], Any]):  # texts -> (n, w)
-        self.encode, self.one = encode, lru_cache(1 << 14)(self._one)
+        self.encode = encode
+        self.one = lru_cache(1 << 14)(self._one)
 
     def _one(self, ws: tuple[str, ...]) -> Tensor: return unit(torch.as_tensor(self.encode([" ".join(ws)])).float()[0])
     def __call__(self, relations: list[tuple[str, ...]]) -> Tensor: return torch.stack([self.one(r) for r in relations])
@@ -166,17 +196,24 @@ def whitening(x: ndarray, label: ndarray, shrink: float = 0.05) -> tuple[ndarray
 
 def means(x: ndarray, label: ndarray) -> ndarray:  # (n, d), (n,) -> (labels, d)
     "The mean of each label."
-    out = np.zeros((label.max() + 1, x.shape[1]), x.dtype); np.add.at(out, label, x)
+    out = np.zeros((label.max() + 1, x.shape[1]), x.dtype)
+    np.add.at(out, label, x)
     return out / np.bincount(label)[:, None]
 
 
-def logistic(x: ndarray, y: ndarray, ridge: float = 0.1, steps: int = 25) -> ndarray:  # (n, f), (n,) -> (f + 1,), the constant first
+def logistic(
+    x: ndarray, y: ndarray, ridge: float = 0.1, steps: int = 25
+) -> ndarray:  # (n, f), (n,) -> (f + 1,), the constant first
     "Logistic regression by Newton's method; both classes weigh the same."
     x = np.concatenate([np.ones((len(x), 1)), x], 1)
-    weight, penalty, w = np.where(y, 0.5 / y.sum(), 0.5 / (~y).sum()) * len(y), ridge * np.eye(x.shape[1]), np.zeros(x.shape[1])
+    weight = np.where(y, 0.5 / y.sum(), 0.5 / (~y).sum()) * len(y)
+    penalty = ridge * np.eye(x.shape[1])
+    w = np.zeros(x.shape[1])
     for _ in range(steps):
         p = 1 / (1 + np.exp(-x @ w))
-        w = w - np.linalg.solve(x.T @ (x * (weight * p * (1 - p))[:, None]) + penalty, x.T @ (weight * (p - y)) + penalty @ w)
+        w = w - np.linalg.solve(
+            x.T @ (x * (weight * p * (1 - p))[:, None]) + penalty, x.T @ (weight * (p - y)) + penalty @ w
+        )
     return w
 
 # %% ../../nbs/09d_reads.ipynb #179520e2
@@ -192,7 +229,9 @@ def expand(x: ndarray) -> ndarray:  # (p, 6) -> (p, 27)
 def weights_of(w: ndarray, near: float) -> ndarray:  # (28,) -> (8, 6)
     "Constant, slopes of the measures and of their products, as a calibration keeps them."
     out = np.zeros((2 + MEASURES, MEASURES), np.float32)
-    out[0, :2], out[1], out[2:][PRODUCTS] = (w[0], near), w[1:1 + MEASURES], w[1 + MEASURES:]
+    out[0, :2] = (w[0], near)
+    out[1] = w[1:1 + MEASURES]
+    out[2:][PRODUCTS] = w[1 + MEASURES:]
     return out
 
 
@@ -220,15 +259,26 @@ class Calibration:
     key_mean: ndarray  # (w,)
     key_metric: ndarray  # (w, w)
     key_marks: ndarray  # (n, w)
-    weights: ndarray  # (8, 6) constant and the cosine from which a state counts as the stored one; slopes; those of the products
+    # (8, 6) constant and the cosine from which a state counts as the stored one; slopes; those of the products
+    weights: ndarray
 
     @classmethod
     def plain(cls, d: int, w: int, bound: float = 0.9, steep: float = 60.0) -> "Calibration":
         "Cosines as they are: one half at the bound."
-        none, eye = (lambda *s: np.zeros(s, np.float32)), (lambda n: np.eye(n, dtype=np.float32))
-        return cls(none(d), eye(d), none(0, d), none(w), eye(w), none(0, w), weights_of(np.array([-bound * steep, steep] + [0.0] * 26), 1.0))
+        none = lambda *s: np.zeros(s, np.float32)
+        eye = lambda n: np.eye(n, dtype=np.float32)
+        return cls(
+            none(d),
+            eye(d),
+            none(0, d),
+            none(w),
+            eye(w),
+            none(0, w),
+            weights_of(np.array([-bound * steep, steep] + [0.0] * 26), 1.0),
+        )
 
-    def tensors(self) -> dict[str, Tensor]: return {f.name: torch.from_numpy(np.ascontiguousarray(getattr(self, f.name))) for f in fields(self)}
+    def tensors(self) -> dict[str, Tensor]:
+        return {f.name: torch.from_numpy(np.ascontiguousarray(getattr(self, f.name))) for f in fields(self)}
     def states(self, x: ndarray) -> ndarray: return normed((normed(x) - self.mean) @ self.metric)
     def relations(self, x: ndarray) -> ndarray: return normed((x - self.key_mean) @ self.key_metric)  # x of length one
 
@@ -238,21 +288,26 @@ class Calibration:
         return (cosine == cosine.max(1, keepdims=True)) & (cosine > 0.5) if len(marks) else cosine > 1
 
     @staticmethod
-    def margin(query: ndarray, place: ndarray, entries: ndarray, marks: ndarray, own: ndarray) -> tuple[ndarray, ndarray]:  # (p,) each
+    def margin(
+        query: ndarray, place: ndarray, entries: ndarray, marks: ndarray, own: ndarray
+    ) -> tuple[ndarray, ndarray]:  # (p,) each
         "Cosine of each pair, and how much nearer the entry's relation is than any other. Entries and own are those of the pairs."
         cosine = np.einsum("pd,pd->p", query[place], entries)
         if not len(marks): return cosine, cosine
         to_mark = (query @ marks.T)[place]
         return cosine, np.maximum(np.where(own, to_mark, -1.0).max(1), cosine) - np.where(own, -1.0, to_mark).max(1)
 
-    def measures(self, query: ndarray, asked: ndarray, place: ndarray, pairs: "Pool", log_p: ndarray, top: ndarray) -> ndarray:  # (p, 6)
+    def measures(
+        self, query: ndarray, asked: ndarray, place: ndarray, pairs: "Pool", log_p: ndarray, top: ndarray
+    ) -> ndarray:  # (p, 6)
         "What speaks for an entry at a place, for each pair of them."
         return np.array([*self.margin(query, place, pairs.states, self.marks, pairs.own),
                          *self.margin(asked, place, pairs.keys, self.key_marks, pairs.key_own), log_p, top]).T
 
     def pool(self, states: ndarray, keys: ndarray, tokens: ndarray, follows: ndarray, facts: ndarray) -> "Pool":
         "Entries (m, ...), as the bank keeps them, in this metric."
-        states, keys = self.states(states), self.relations(keys)
+        states = self.states(states)
+        keys = self.relations(keys)
         return Pool(states, keys, tokens, follows, facts, self.own(states, self.marks), self.own(keys, self.key_marks))
 
     def odds(self, x: ndarray) -> ndarray:  # (p, 6) -> (p,)
@@ -270,61 +325,93 @@ class Probed(NamedTuple):
     subject: ndarray  # (n,)
     wording: ndarray  # (n,) the same for the same words
     token: ndarray  # (n,) first of the answer
-    within: tuple[ndarray, ndarray, ndarray, ndarray]  # states, keys and log_p of other places (m, ...), and the probe of each
+    # states, keys and log_p of other places (m, ...), and the probe of each
+    within: tuple[ndarray, ndarray, ndarray, ndarray]
 
 # %% ../../nbs/09d_reads.ipynb #5d9e1b03
 def _measure(states: ndarray, keys: ndarray, relation: ndarray, nowhere: ndarray) -> Calibration:
     "Metric and marks."
     metrics = *whitening(states.astype(float), relation), states, *whitening(keys.astype(float), relation), keys
     c = Calibration(*(x.astype(np.float32) for x in metrics), np.zeros((2 + MEASURES, MEASURES), np.float32))
-    c.marks, c.key_marks = np.concatenate([normed(means(c.states(states), relation)), c.states(nowhere)]), normed(means(c.relations(keys), relation))
+    c.marks, c.key_marks = (
+        np.concatenate([normed(means(c.states(states), relation)), c.states(nowhere)]),
+        normed(means(c.relations(keys), relation)),
+    )
     return c
 
 
 def fit(
     probed: Probed,
-    leak: float = 0.04,  # share of wrong entries that may weigh more than one half, asked in known and in new wordings alike
+    # share of wrong entries that may weigh more than one half, asked in known and in new wordings alike
+    leak: float = 0.04,
     nowhere: int = 64,  # marks at places where nothing is asked
     folds: int = 5,
     seed: int = 0,
-) -> tuple[Calibration, dict[str, float]]:  # and shares of entries above one half in new wordings: same relation, other relation of the subject, elsewhere
+) -> tuple[
+    Calibration, dict[str, float]
+]:  # and shares of entries above one half in new wordings: same relation, other relation of the subject, elsewhere
     "Metric and marks from the probes; the weights from pairs of them, one told, one asked in a wording that metric and marks have not seen."
-    g, relation, of = np.random.default_rng(seed), probed.relation, probed.within[3]
+    g = np.random.default_rng(seed)
+    relation = probed.relation
+    of = probed.within[3]
     states, keys, within, within_keys = map(normed, (probed.states, probed.keys, *probed.within[:2]))
     marks = within[g.permutation(len(of))[:nowhere]]
     told, asked, kind = _pairs(probed, g)
     fold = g.permutation(probed.wording.max() + 1)[probed.wording] % folds
-    all_states, all_keys, log_p = (np.concatenate(x) for x in ((states, within), (keys, within_keys), (probed.log_p, probed.within[2])))
-    top, none = log_p.max(1), np.zeros_like(relation)
+    all_states, all_keys, log_p = (
+        np.concatenate(x) for x in ((states, within), (keys, within_keys), (probed.log_p, probed.within[2]))
+    )
+    top = log_p.max(1)
+    none = np.zeros_like(relation)
     def measure(c: Calibration, here: ndarray) -> ndarray:
-        a, pool = asked[here], c.pool(states, keys, probed.token, none > 0, none).take(told[here])
-        return expand(c.measures(c.states(all_states), c.relations(all_keys), a, pool, log_p[a, pool.tokens], top[a]).astype(float))
+        a = asked[here]
+        pool = c.pool(states, keys, probed.token, none > 0, none).take(told[here])
+        return expand(
+            c.measures(c.states(all_states), c.relations(all_keys), a, pool, log_p[a, pool.tokens], top[a]).astype(
+                float
+            )
+        )
 
-    x, where = np.zeros((len(told), MEASURES + len(PRODUCTS[0]))), np.concatenate([fold, fold[of]])[asked]
+    x = np.zeros((len(told), MEASURES + len(PRODUCTS[0])))
+    where = np.concatenate([fold, fold[of]])[asked]
     for f in range(folds):
         here = (where == f).nonzero()[0]
         if len(here): x[here] = measure(_measure(*(v[fold != f] for v in (states, keys, relation)), marks), here)
-    scale, c = x.std(0).clip(1e-3), _measure(states, keys, relation, marks)
+    scale = x.std(0).clip(1e-3)
+    c = _measure(states, keys, relation, marks)
     slopes = logistic((x - x.mean(0)) / scale, kind == 0)[1:] / scale
     known = measure(c, np.arange(len(told)))
-    odds, at = np.concatenate([x @ slopes, known @ slopes]), np.concatenate([kind, kind])
+    odds = np.concatenate([x @ slopes, known @ slopes])
+    at = np.concatenate([kind, kind])
     bound = max(np.quantile(odds[at == k], 1 - leak) for k in (1, 2) if (kind == k).any())
     near = (1 + np.quantile(known[kind > 0, 0], 0.999)) / 2
     c.weights = weights_of(np.concatenate([[-bound], slopes]), near)
-    return c, {name: float((odds[:len(kind)][kind == k] > bound).mean()) for k, name in enumerate(("same", "other", "elsewhere"))} | {"near": float(near)}
+    return c, {
+        name: float((odds[: len(kind)][kind == k] > bound).mean())
+        for k, name in enumerate(("same", "other", "elsewhere"))
+    } | {"near": float(near)}
 
 # %% ../../nbs/09d_reads.ipynb #5d9e1b04
 def _pairs(p: Probed, g: np.random.Generator, each: int = 6) -> tuple[ndarray, ndarray, ndarray]:
     "Pairs of probes (told, asked) and their kind: 0 the same relation, 1 another relation of the subject, 2 a place within a prompt."
-    n, of = len(p.states), p.within[3]
-    same, whose = p.relation[:, None] == p.relation, p.subject[:, None] == p.subject
+    n = len(p.states)
+    of = p.within[3]
+    same = p.relation[:, None] == p.relation
+    whose = p.subject[:, None] == p.subject
     kinds = same & ~whose, ~same & whose, p.relation[:, None] == p.relation[of]
-    told, asked, kind = [np.arange(n)], [np.arange(n)], [np.zeros(n, int)]
+    told = [np.arange(n)]
+    asked = [np.arange(n)]
+    kind = [np.zeros(n, int)]
     for k, ok in enumerate(kinds):
-        score = g.random(ok.shape) * ok; best = np.argpartition(-score, min(each, ok.shape[1]) - 1)[:, :each]
+        score = g.random(ok.shape) * ok
+        best = np.argpartition(-score, min(each, ok.shape[1]) - 1)[:, :each]
         i, j = np.take_along_axis(score, best, 1).nonzero()
-        told.append(i); asked.append(best[i, j] + n * (k == 2)); kind.append(np.full_like(i, k))
-    told.append(of); asked.append(n + np.arange(len(of))); kind.append(np.full_like(of, 2))  # within the very sentence that was told
+        told.append(i)
+        asked.append(best[i, j] + n * (k == 2))
+        kind.append(np.full_like(i, k))
+    told.append(of)
+    asked.append(n + np.arange(len(of)))
+    kind.append(np.full_like(of, 2))  # within the very sentence that was told
     return np.concatenate(told), np.concatenate(asked), np.concatenate(kind)
 
 # %% ../../nbs/09d_reads.ipynb #ed542d04
@@ -340,9 +427,11 @@ class Part(NamedTuple):
 def pairs(sizes: list[tuple[int, int]]) -> tuple[ndarray, ndarray, ndarray]:  # (places, entries) of each part
     "All pairs of a place and an entry of the same part: index of the place, of the entry, and of the same pair one place and one entry before."
     n, m = np.array(sizes).T
-    count = n * m; part = np.arange(len(sizes)).repeat(count)
+    count = n * m
+    part = np.arange(len(sizes)).repeat(count)
     k = np.arange(len(part)) - (count.cumsum() - count)[part]
-    i, j = k // m[part], k % m[part]
+    i = k // m[part]
+    j = k % m[part]
     before = np.where((i > 0) & (j > 0), np.arange(len(k)) - m[part] - 1, -1)
     return (n.cumsum() - n)[part] + i, (m.cumsum() - m)[part] + j, before
 
@@ -357,19 +446,30 @@ class PooledRead(Read):
         if subjects not in self.pools:
             facts = [self.bank[i] for i in self.bank.about(subjects, self.memory.namespace)]
             slots = [e for f in facts for e in f.entries]
-            self.pools[subjects] = self.make_pool(
-                [f.id for f in facts for _ in f.entries], self.bank.states.get(slots),
-                self.bank.keys.get([f.key for f in facts for _ in f.entries]), self.bank.marks[slots, 0], self.bank.marks[slots, 2]) if slots else None
+            self.pools[subjects] = (
+                self.make_pool(
+                    [f.id for f in facts for _ in f.entries],
+                    self.bank.states.get(slots),
+                    self.bank.keys.get([f.key for f in facts for _ in f.entries]),
+                    self.bank.marks[slots, 0],
+                    self.bank.marks[slots, 2],
+                )
+                if slots
+                else None
+            )
         return self.pools[subjects]
 
     def make_pool(self, facts: list[int], states: Tensor, keys: Tensor, tokens: Tensor, places: Tensor) -> Pool:
-        return self.memory.calibration.pool(host(states), host(keys), tokens.cpu().numpy(), places.cpu().numpy() > 0, np.array(facts))
+        return self.memory.calibration.pool(
+            host(states), host(keys), tokens.cpu().numpy(), places.cpu().numpy() > 0, np.array(facts)
+        )
 
 # %% ../../nbs/09d_reads.ipynb #92da83d5
 class KnnRead(PooledRead):
     "Nearest states among the facts about those spoken of."
     name = "knn"
-    defaults = {"floor": 0.5, "most": 0.999, "back": 16}  # smallest and largest weight; how far back a copy may have begun
+    # smallest and largest weight; how far back a copy may have begun
+    defaults = {"floor": 0.5, "most": 0.999, "back": 16}
 
     def logits(self, now: Moment) -> Tensor:
         parts = self.parts(now)
@@ -377,20 +477,28 @@ class KnnRead(PooledRead):
 
     def parts(self, now: Moment) -> list[Part]:
         "Where entries have to be looked at: the places that logits are wanted for, and those just before."
-        out, first = [], 0 if len(now.keep) == now.hidden.shape[1] else max(0, int(now.keep.min()) - self.options["back"])
+        out = []
+        first = 0 if len(now.keep) == now.hidden.shape[1] else max(0, int(now.keep.min()) - self.options["back"])
         for r, trail in enumerate(now.session.trails):
-            row, pool, start, asked = now.session.rows[r], None, first, []
+            row = now.session.rows[r]
+            pool = None
+            start = first
+            asked = []
             for at, heard in enumerate(trail[first:], first):
                 here = self.pool(heard.subjects) if heard.subjects else None
                 if here is not pool:
                     if pool is not None: out.append(Part(r, start, asked, pool, self._before(row, pool, start)))
-                    pool, start, asked = here, at, []
-                if here is not None: asked.append(relation_words(heard.previous, heard.sentence.decode(errors="ignore"), heard.subjects))
+                    pool = here
+                    start = at
+                    asked = []
+                if here is not None:
+                    asked.append(relation_words(heard.previous, heard.sentence.decode(errors="ignore"), heard.subjects))
             if pool is not None: out.append(Part(r, start, asked, pool, self._before(row, pool, start)))
             now.session.rows[r] = Row(row.heard)
         return out
 
-    def _before(self, row: Row, pool: Pool, start: int) -> ndarray | None: return row.weight if start == 0 and row.pool is pool else None
+    def _before(self, row: Row, pool: Pool, start: int) -> ndarray | None:
+        return row.weight if start == 0 and row.pool is pool else None
 
 # %% ../../nbs/09d_reads.ipynb #634d3d2d
 class Seen(NamedTuple):
@@ -403,14 +511,21 @@ class Seen(NamedTuple):
     column: ndarray  # (u,) among the logits that are wanted; -1: not wanted
 
     @classmethod
-    def of(cls, now: Moment, parts: list[Part], place: ndarray, tokens: ndarray, head: Callable[[Tensor], Tensor]) -> "Seen":
-        t, device = now.hidden.shape[1], now.hidden.device
-        at = np.array([p.row * t + p.start + i for p in parts for i in range(len(p.asked))]); row, here = np.divmod(at, t)
-        column = np.full(t, -1); column[now.keep.cpu().numpy()] = np.arange(len(now.keep))
-        index = torch.from_numpy(at).to(device); hidden = now.hidden.flatten(0, 1)[index]
+    def of(
+        cls, now: Moment, parts: list[Part], place: ndarray, tokens: ndarray, head: Callable[[Tensor], Tensor]
+    ) -> "Seen":
+        t = now.hidden.shape[1]
+        device = now.hidden.device
+        at = np.array([p.row * t + p.start + i for p in parts for i in range(len(p.asked))])
+        row, here = np.divmod(at, t)
+        column = np.full(t, -1)
+        column[now.keep.cpu().numpy()] = np.arange(len(now.keep))
+        index = torch.from_numpy(at).to(device)
+        hidden = now.hidden.flatten(0, 1)[index]
         logits = (now.logits.flatten(0, 1)[index] if len(now.keep) == t else head(hidden)).float()
         log_z = logits.logsumexp(-1)
-        z, token = host(log_z), host(logits[torch.from_numpy(place).to(device), torch.from_numpy(tokens).to(device)])
+        z = host(log_z)
+        token = host(logits[torch.from_numpy(place).to(device), torch.from_numpy(tokens).to(device)])
         return cls(host(hidden), token - z[place], host(logits.amax(-1)) - z, log_z, row, column[here])
 
 # %% ../../nbs/09d_reads.ipynb #7a1c5d01
@@ -441,12 +556,18 @@ def mix(
     floor: float,  # smallest weight that changes anything
 ) -> tuple[Tensor, set[int]]:  # logits, ids of the facts that were used
     "The entries' tokens get their share of the probability; all other logits keep their bits."
-    best, least = np.full(len(seen.row), -math.inf, np.float32), math.log(floor / (1 - floor)); np.maximum.at(best, place, odds)
+    best = np.full(len(seen.row), -math.inf, np.float32)
+    least = math.log(floor / (1 - floor))
+    np.maximum.at(best, place, odds)
     fires = ((best >= least) & (seen.column >= 0))[place] & (odds > best[place] - 30)
     if not fires.any(): return logits, set()
-    place, token, odds, fact = place[fires], entries.tokens[fires], odds[fires], entries.facts[fires]
+    place = place[fires]
+    token = entries.tokens[fires]
+    odds = odds[fires]
+    fact = entries.facts[fires]
     key, inverse = np.unique(place * logits.shape[-1] + token, return_inverse=True)
-    share = np.exp(odds - best[place]); share = np.bincount(inverse, share / np.bincount(place, share)[place])  # of each token at its place
+    share = np.exp(odds - best[place])
+    share = np.bincount(inverse, share / np.bincount(place, share)[place])  # of each token at its place
     place, token = np.divmod(key, logits.shape[-1])
     mass = seen.log_z[place] + torch.from_numpy(best[place] + np.log(share)).to(seen.log_z)
     if logits.requires_grad: logits = logits.clone()
@@ -458,7 +579,8 @@ def mix(
 class CopyRead(KnnRead):
     "`KnnRead` with what happens to the logits."
     UNKNOWN = 1e4  # minus the log odds of an entry at a place that was not looked at
-    shape, certain = [], math.log(.9)
+    shape = []
+    certain = math.log(.9)
 
     def mixed(self, now: Moment, parts: list[Part]) -> Tensor:
         "Logits with the entries of the parts mixed in; rows and places without one keep their bits."
@@ -466,7 +588,9 @@ class CopyRead(KnnRead):
         entries, place, before, after = self._joined(parts)
         seen = Seen.of(now, parts, place, entries.tokens, self.memory.head)
         said = np.array([i for p in parts for i in now.session.new[p.row][p.start:p.start + len(p.asked)]])
-        query, top, taken = c.states(seen.states), seen.top[place], entries.follows & (said[place] == after)
+        query = c.states(seen.states)
+        top = seen.top[place]
+        taken = entries.follows & (said[place] == after)
         looks = (top < self.certain) | taken | (np.einsum("pd,pd->p", query[place], entries.states) > c.weights[0, 1])
         if not looks.any(): return now.logits
         asked = c.relations(host(self.memory.keys([ws for p in parts for ws in p.asked])))
@@ -485,13 +609,18 @@ class CopyRead(KnnRead):
         "For all pairs: the entry, its place, the pair before it, the token it comes after. While a text grows token by token they stay the same."
         shape = [(p.pool, len(p.asked)) for p in parts]
         if len(shape) != len(self.shape) or any(a is not b or n != m for (a, n), (b, m) in zip(shape, self.shape)):
-            pool, (place, entry, before) = Pool.join([pool for pool, _ in shape]), pairs([(n, len(pool.tokens)) for pool, n in shape])
-            self.shape, self.joined = shape, (pool.take(entry), place, before, pool.tokens[entry - 1])
+            pool, (place, entry, before) = (
+                Pool.join([pool for pool, _ in shape]),
+                pairs([(n, len(pool.tokens)) for pool, n in shape]),
+            )
+            self.shape = shape
+            self.joined = (pool.take(entry), place, before, pool.tokens[entry - 1])
         return self.joined
 
     def _last(self, parts: list[Part], n: int) -> ndarray:
         "What each pair's predecessor weighed at the end of the call before."
-        last, start = np.full(n, -self.UNKNOWN, np.float32), 0
+        last = np.full(n, -self.UNKNOWN, np.float32)
+        start = 0
         for p in parts:
             if p.weight is not None and len(p.weight) > 1: last[start + 1:start + len(p.weight)] = p.weight[:-1]
             start += len(p.asked) * len(p.pool.tokens)
@@ -516,7 +645,9 @@ class TextRead(PooledRead):
     def _nearest(self, heard: Heard) -> int | None:
         pool = self.pool(heard.subjects)
         if pool is None: return None
-        asked = self.memory.keys([relation_words(heard.previous, heard.sentence.decode(errors="ignore"), heard.subjects)])
+        asked = self.memory.keys(
+            [relation_words(heard.previous, heard.sentence.decode(errors="ignore"), heard.subjects)]
+        )
         return int(pool.facts[(pool.keys @ self.memory.calibration.relations(host(asked))[0]).argmax()])
 
 
@@ -535,12 +666,14 @@ class KvRead(TextRead):
             if i not in self.layers: self.layers[i] = self.memory.read_once(self.memory.before_prompt(i))
         return [self.layers[i] for i in facts]
 
-    def bytes(self) -> int: return sum(x.nbytes for layers in getattr(self, "layers", {}).values() for pair in layers for x in pair)
+    def bytes(self) -> int:
+        return sum(x.nbytes for layers in getattr(self, "layers", {}).values() for pair in layers for x in pair)
 
 # %% ../../nbs/09d_reads.ipynb #d43e5b9f
 class GraceRead(Read):
     "The nearest stored state, whoever is spoken of, if it is within a radius."
-    name, gated = "grace", False
+    name = "grace"
+    gated = False
     defaults = {"radius": 0.01, "weight": 0.999}  # 1 - cosine; weight of the stored token
 
     def logits(self, now: Moment) -> Tensor:
@@ -548,36 +681,51 @@ class GraceRead(Read):
         cosine, slots = self.bank.states.search(now.hidden[:, now.keep].flatten(0, 1).float(), 1)
         near = (cosine[:, 0] >= 1 - self.options["radius"]).nonzero()[:, 0]
         if not len(near): return now.logits
-        token, at = self.bank.marks[slots[near, 0], 0].to(now.logits.device), near.to(now.logits.device)
-        out = now.logits.clone(); row = out[at // k, at % k].float()
+        token = self.bank.marks[slots[near, 0], 0].to(now.logits.device)
+        at = near.to(now.logits.device)
+        out = now.logits.clone()
+        row = out[at // k, at % k].float()
         limit = math.log(self.options["weight"] / (1 - self.options["weight"]))
-        out[at // k, at % k, token] = torch.logaddexp(row.gather(1, token[:, None])[:, 0], row.logsumexp(-1) + limit).to(out.dtype)
+        out[at // k, at % k, token] = torch.logaddexp(
+            row.gather(1, token[:, None])[:, 0], row.logsumexp(-1) + limit
+        ).to(out.dtype)
         return out
 
 
 class LinearRead(Read):
     "One linear map over random features of the state."
-    name, gated = "linear", False
-    defaults = {"features": 4096, "ridge": 1e-2, "strength": 12.0, "most": 20_000}  # strength: logits that a stored token gains
+    name = "linear"
+    gated = False
+    # strength: logits that a stored token gains
+    defaults = {"features": 4096, "ridge": 1e-2, "strength": 12.0, "most": 20_000}
 
     def rebuild(self) -> None:
         slots = [e for f in self.bank.list() for e in f.entries]
-        if len(slots) > self.options["most"]: raise ValueError(f"the linear read solves for {len(slots)} entries at once, most is {self.options['most']}: use 'knn'")
-        d = self.bank.states.get(slots[:1]).shape[1] if slots else 1; g = torch.Generator().manual_seed(0)
+        if len(slots) > self.options["most"]:
+            raise ValueError(
+                f"the linear read solves for {len(slots)} entries at once, most is {self.options['most']}: use 'knn'"
+            )
+        d = self.bank.states.get(slots[:1]).shape[1] if slots else 1
+        g = torch.Generator().manual_seed(0)
         self.project = torch.randn(d, self.options["features"], generator=g).to(self.memory.device)
         self.offset = torch.rand(self.options["features"], generator=g).to(self.memory.device) * -0.5
         self.tokens, row = torch.unique(self.bank.marks[slots, 0], return_inverse=True)
         known = self.memory.model_marks().to(self.memory.device)
         phi = self.phi(torch.cat([self.bank.states.get(slots).to(known), known]) if slots else known)
-        y = torch.zeros(len(phi), len(self.tokens), device=phi.device); y[torch.arange(len(slots)), row] = self.options["strength"]
+        y = torch.zeros(len(phi), len(self.tokens), device=phi.device)
+        y[torch.arange(len(slots)), row] = self.options["strength"]
         kernel = phi @ phi.T
-        self.map = phi.T @ torch.linalg.solve(kernel + self.options["ridge"] * kernel.diagonal().mean() * torch.eye(len(phi), device=phi.device), y)
+        self.map = phi.T @ torch.linalg.solve(
+            kernel + self.options["ridge"] * kernel.diagonal().mean() * torch.eye(len(phi), device=phi.device), y
+        )
 
-    def phi(self, x: Tensor) -> Tensor: return F.relu(unit(x.float()) @ self.project + self.offset) / math.sqrt(self.options["features"])
+    def phi(self, x: Tensor) -> Tensor:
+        return F.relu(unit(x.float()) @ self.project + self.offset) / math.sqrt(self.options["features"])
 
     def logits(self, now: Moment) -> Tensor:
         self.update()
-        out, bias = now.logits.clone(), self.phi(now.hidden[:, now.keep]) @ self.map
+        out = now.logits.clone()
+        bias = self.phi(now.hidden[:, now.keep]) @ self.map
         out[..., self.tokens.to(out.device)] += bias.to(out.dtype)
         return out
 
@@ -588,17 +736,24 @@ class SimpleMemoryAttention(nn.Module):
     "A query from the state, the best few memories, a soft gate."
     def __init__(self, d: int, k: int = 3, gate: float = 0.05, scale: float = 0.1, noise: float = 0.01, seed: int = 0):
         super().__init__()
-        self.k, self.scale, self.noise, g = k, scale, noise, torch.Generator().manual_seed(seed)
-        self.query, self.gate = nn.Linear(d, d), gate
+        self.k = k
+        self.scale = scale
+        self.noise = noise
+        g = torch.Generator().manual_seed(seed)
+        self.query = nn.Linear(d, d)
+        self.gate = gate
         self.encoder = nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, d))
         with torch.no_grad():
-            for p in self.parameters(): p.copy_(torch.randn(p.shape, generator=g) / math.sqrt(d) if p.dim() > 1 else torch.zeros(p.shape))
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=g) / math.sqrt(d) if p.dim() > 1 else torch.zeros(p.shape))
 
     def encode(self, states: Tensor, category: str) -> Tensor:  # (t, d) -> (d,)
         "One vector for a text; the noise is the same in every process."
         weight = torch.linspace(0.5, 1.5, len(states), device=states.device)
         g = torch.Generator().manual_seed(zlib.crc32(category.encode()))
-        return self.encoder((weight[:, None] * states).sum(0) / weight.sum()) + self.noise * torch.randn(states.shape[1], generator=g).to(states)
+        return self.encoder((weight[:, None] * states).sum(0) / weight.sum()) + self.noise * torch.randn(
+            states.shape[1], generator=g
+        ).to(states)
 
     def forward(self, hidden: Tensor, memory: Tensor, importance: Tensor) -> Tensor:  # (..., d), (n, d), (n,)
         score, best = (unit(self.query(hidden)) @ unit(memory).T + importance).topk(min(self.k, len(memory)))
@@ -607,16 +762,23 @@ class SimpleMemoryAttention(nn.Module):
 
 class GateRead(Read):
     "The transcript's recipe."
-    name, gated = "gate", False
+    name = "gate"
+    gated = False
     defaults = {"last": 3}  # tokens whose states are changed
 
     def rebuild(self) -> None:
         if not hasattr(self, "vectors"): self.vectors: dict[tuple[int, str], Tensor] = {}
-        facts, d = self.bank.list(self.memory.namespace), self.memory.width
+        facts = self.bank.list(self.memory.namespace)
+        d = self.memory.width
         self.attention = SimpleMemoryAttention(d).to(self.memory.device)
         new = [f for f in facts if (f.id, f.text) not in self.vectors]
-        for f, states in zip(new, self.memory.states([f.text for f in new])): self.vectors[f.id, f.text] = self.attention.encode(states, f.category).detach()
-        self.table = torch.stack([self.vectors[f.id, f.text] for f in facts]) if facts else torch.zeros(0, d, device=self.memory.device)
+        for f, states in zip(new, self.memory.states([f.text for f in new])):
+            self.vectors[f.id, f.text] = self.attention.encode(states, f.category).detach()
+        self.table = (
+            torch.stack([self.vectors[f.id, f.text] for f in facts])
+            if facts
+            else torch.zeros(0, d, device=self.memory.device)
+        )
         self.importance = torch.tensor([f.importance for f in facts], device=self.memory.device)
 
     def logits(self, now: Moment) -> Tensor:
@@ -624,7 +786,9 @@ class GateRead(Read):
         last = now.keep[now.keep >= now.hidden.shape[1] - self.options["last"]]
         if not len(last) or not len(self.table): return now.logits
         out = now.logits.clone()
-        out[:, -len(last):] = self.memory.head(self.attention(now.hidden[:, last].float(), self.table, self.importance).to(now.hidden.dtype)).to(out.dtype)
+        out[:, -len(last) :] = self.memory.head(
+            self.attention(now.hidden[:, last].float(), self.table, self.importance).to(now.hidden.dtype)
+        ).to(out.dtype)
         return out
 
     def bytes(self) -> int: return self.table.nbytes if hasattr(self, "table") else 0

@@ -22,7 +22,8 @@ class VectorStore(Protocol):
     def add(self, vectors: Tensor) -> list[int]: ...  # (n, w) -> a slot for each
     def delete(self, slots: list[int]) -> None: ...
     def get(self, slots: list[int]) -> Tensor: ...  # (n, w), of length one
-    def search(self, query: Tensor, k: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]: ...  # (b, w) -> cosines, slots (b, k)
+    # (b, w) -> cosines, slots (b, k)
+    def search(self, query: Tensor, k: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
 
 # %% ../../nbs/09a_store.ipynb #92a69b92
 def grown(
@@ -38,36 +39,50 @@ def grown(
 
 def _check_width(vectors: Tensor, width: int | None, what: str) -> None:
     if vectors.dim() != 2 or not vectors.shape[1] or width not in (None, vectors.shape[1]):
-        raise ValueError(f"expected {what} (n, {width or 'w'}), got {tuple(vectors.shape)}: all vectors of a store come from one model")
+        raise ValueError(
+            f"expected {what} (n, {width or 'w'}), got {tuple(vectors.shape)}: all vectors of a store come from one "
+            "model"
+        )
 
 # %% ../../nbs/09a_store.ipynb #5470762f
 class RamStore:
     "Vectors of length one in one block of memory."
     def __init__(self, device: str | torch.device = "cpu"):
-        self.device, self.room, self.alive, self.end, self.free = device, None, torch.zeros(0, dtype=torch.bool), 0, []
+        self.device = device
+        self.room = None
+        self.alive = torch.zeros(0, dtype=torch.bool)
+        self.end = 0
+        self.free = []
 
     def __len__(self) -> int: return self.end - len(self.free)
 
     def add(self, vectors: Tensor) -> list[int]:
         "Keep vectors (n, w), scaled to length one."
         _check_width(vectors, None if self.room is None else self.room.shape[1], "vectors")
-        if self.room is None: self.room, self.alive = torch.zeros(0, vectors.shape[1], device=self.device), self.alive.to(self.device)
+        if self.room is None:
+            self.room, self.alive = torch.zeros(0, vectors.shape[1], device=self.device), self.alive.to(self.device)
         again = [self.free.pop() for _ in range(min(len(vectors), len(self.free)))]
         slots = again + list(range(self.end, self.end + len(vectors) - len(again)))
         self.end += len(vectors) - len(again)
-        self.room, self.alive = grown(self.room, self.end), grown(self.alive, self.end)
-        self.room[slots], self.alive[slots] = unit(vectors.detach().to(self.room)), True
+        self.room = grown(self.room, self.end)
+        self.alive = grown(self.alive, self.end)
+        self.room[slots] = unit(vectors.detach().to(self.room))
+        self.alive[slots] = True
         return slots
 
     def delete(self, slots: list[int]) -> None:
-        if slots: self.room[slots], self.alive[slots] = 0, False; self.free += slots
+        if slots:
+            self.room[slots] = 0
+            self.alive[slots] = False
+            self.free += slots
 
     def get(self, slots: list[int]) -> Tensor: return self.room[slots]
 
     def search(self, query: Tensor, k: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         "Cosines and slots (b, k) of the nearest, best first; where there are fewer than k the cosine is -inf."
         _check_width(query, None if self.room is None else self.room.shape[1], "queries")
-        if self.room is None: return query.new_full((len(query), k), -math.inf), torch.zeros(len(query), k, dtype=torch.long)
+        if self.room is None:
+            return query.new_full((len(query), k), -math.inf), torch.zeros(len(query), k, dtype=torch.long)
         live = self.alive[:self.end] if mask is None else self.alive[:self.end] & mask.to(self.device)
         cosine = (unit(query.detach().to(self.room)) @ self.room[:self.end].T).masked_fill_(~live, -math.inf)
         best, slots = cosine.topk(min(k, self.end))
@@ -77,17 +92,27 @@ class RamStore:
 # %% ../../nbs/09a_store.ipynb #0f68769d
 def _lancedb() -> Any:
     try: import lancedb
-    except ImportError: raise ImportError("this bank keeps its vectors in LanceDB, which is not installed: pip install lancedb") from None
+    except ImportError:
+        raise ImportError(
+            "this bank keeps its vectors in LanceDB, which is not installed: pip install lancedb"
+        ) from None
     return lancedb
 
 
 class LanceTable:
     "Vectors of length one in a LanceDB table: as many as the disk holds. One process at a time."
     def __init__(self, folder: str | Path, name: str, device: str | torch.device = "cpu"):
-        self.db, self.name, self.device, self.table, self.width, self.end = _lancedb().connect(str(folder)), name, device, None, None, 0
+        self.db = _lancedb().connect(str(folder))
+        self.name = name
+        self.device = device
+        self.table = None
+        self.width = None
+        self.end = 0
         if name in self.db.list_tables().tables: self._use(self.db.open_table(name))
 
-    def _use(self, table: Any) -> None: self.table, self.width = table, table.schema.field("vector").type.list_size
+    def _use(self, table: Any) -> None:
+        self.table = table
+        self.width = table.schema.field("vector").type.list_size
 
     def __len__(self) -> int: return 0 if self.table is None else self.table.count_rows()
 
@@ -95,8 +120,11 @@ class LanceTable:
         "Keep vectors (n, w), scaled to length one."
         import pyarrow as pa
         _check_width(vectors, self.width, "vectors")
-        slots = list(range(self.end, self.end + len(vectors))); self.end += len(vectors)
-        flat = pa.FixedSizeListArray.from_arrays(pa.array(unit(vectors.detach().float().cpu()).reshape(-1).numpy()), vectors.shape[1])
+        slots = list(range(self.end, self.end + len(vectors)))
+        self.end += len(vectors)
+        flat = pa.FixedSizeListArray.from_arrays(
+            pa.array(unit(vectors.detach().float().cpu()).reshape(-1).numpy()), vectors.shape[1]
+        )
         rows = pa.table({"slot": pa.array(slots, pa.int64()), "vector": flat})
         if self.table is None: self._use(self.db.create_table(self.name, rows))
         else: self.table.add(rows)
@@ -112,15 +140,21 @@ class LanceTable:
     def restore(self, mark: dict) -> None:
         "Back to a mark: what came later is gone."
         self.end = int(mark["end"])
-        if mark["version"] is not None: self.table.checkout(int(mark["version"])); self.table.restore()
-        elif self.table is not None: self.db.drop_table(self.name); self.table = self.width = None
+        if mark["version"] is not None:
+            self.table.checkout(int(mark["version"]))
+            self.table.restore()
+        elif self.table is not None:
+            self.db.drop_table(self.name)
+            self.table = self.width = None
 
 # %% ../../nbs/09a_store.ipynb #90044ee9
 class LanceStore(LanceTable):
     "A LanceDB table that can be searched."
     def get(self, slots: list[int]) -> Tensor:
         if not slots: return torch.zeros(0, self.width or 1, device=self.device)
-        found = self.table.search().where(f"slot IN ({', '.join(map(str, map(int, slots)))})").limit(len(slots)).to_arrow()
+        found = (
+            self.table.search().where(f"slot IN ({', '.join(map(str, map(int, slots)))})").limit(len(slots)).to_arrow()
+        )
         place = {s: i for i, s in enumerate(found["slot"].to_pylist())}
         vectors = torch.from_numpy(found["vector"].combine_chunks().flatten().to_numpy().copy()).view(-1, self.width)
         return vectors[[place[s] for s in slots]].to(self.device)
@@ -128,7 +162,8 @@ class LanceStore(LanceTable):
     def search(self, query: Tensor, k: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         "Cosines and slots (b, k) of the nearest. With a mask it asks for more until enough of them pass."
         _check_width(query, self.width, "queries")
-        cosines, slots = query.new_full((len(query), k), -math.inf, device="cpu"), torch.zeros(len(query), k, dtype=torch.long)
+        cosines = query.new_full((len(query), k), -math.inf, device="cpu")
+        slots = torch.zeros(len(query), k, dtype=torch.long)
         for i, q in enumerate(unit(query.detach().float().cpu()) if len(self) else ()):
             limit = k
             while True:
@@ -138,5 +173,6 @@ class LanceStore(LanceTable):
                 if passed.sum() >= k or limit >= len(self): break
                 limit *= 4
             n = min(k, int(passed.sum()))
-            cosines[i, :n], slots[i, :n] = 1 - torch.tensor(hits["_distance"].to_pylist())[passed][:n], found[passed][:n]
+            cosines[i, :n] = 1 - torch.tensor(hits["_distance"].to_pylist())[passed][:n]
+            slots[i, :n] = found[passed][:n]
         return cosines, slots

@@ -25,7 +25,9 @@ def pieces(
     tokenizer: Any,  # of transformers
 ) -> list[bytes | None]:  # by id; None: a special token
     "What each token writes."
-    tokens, special, letters = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))), set(tokenizer.all_special_ids), _byte_letters()
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    special = set(tokenizer.all_special_ids)
+    letters = _byte_letters()
     byte_level = any("Ġ" in t for t in tokens if t)
     def piece(id: int, token: str | None) -> bytes | None:
         if id in special or token is None: return None
@@ -38,11 +40,15 @@ def pieces(
 class Lexicon:
     "What a tokenizer tells about texts and words."
     def __init__(self, tokenizer: Any):
-        self.tokenizer, self.pieces = tokenizer, pieces(tokenizer)
-        self.bos, one = tokenizer.bos_token_id, tokenizer("a")["input_ids"]
+        self.tokenizer = tokenizer
+        self.pieces = pieces(tokenizer)
+        self.bos = tokenizer.bos_token_id
+        one = tokenizer("a")["input_ids"]
         self.adds_bos = self.bos is not None and one[:1] == [self.bos]  # the tokenizer begins every text with it
         by_piece = {p: i for i, p in enumerate(self.pieces)}
-        self.spaced = {i: by_piece[b" " + p] for p, i in by_piece.items() if p and p[:1].isalnum() and b" " + p in by_piece}
+        self.spaced = {
+            i: by_piece[b" " + p] for p, i in by_piece.items() if p and p[:1].isalnum() and b" " + p in by_piece
+        }
         self.cost = lru_cache(1 << 16)(self._cost)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
@@ -55,11 +61,15 @@ class Lexicon:
 
     def ends(self, ids: Iterable[int]) -> list[int]:
         "Number of characters up to and with each token."
-        done, out = b"", []
-        for i in ids: done += self.pieces[i] or b""; out.append(len(done.decode(errors="ignore")))
+        done = b""
+        out = []
+        for i in ids:
+            done += self.pieces[i] or b""
+            out.append(len(done.decode(errors="ignore")))
         return out
 
-    def _cost(self, word: str) -> int: return min(map(len, self.encode([" " + word, word])))  # within a text, and at its beginning
+    # within a text, and at its beginning
+    def _cost(self, word: str) -> int: return min(map(len, self.encode([" " + word, word])))
 
     def common(self, word: str) -> bool:
         "An ordinary word: in lower case it is one token, or it only holds sentences together."
@@ -73,7 +83,8 @@ through against below above around behind beside every each some any all both ma
 also today yesterday tomorrow now soon later often always never please dear hello let""".split())
 LINKS = frozenset("of de van von der den du la le del da di al bin ibn".split())
 _WORDS = re.compile(r"(?:(?<!\w)-(?=\d))?[^\W_]+(?:['’.-][^\W_]+)*")
-_STOPS, _SIGNS = re.compile(rb"[.!?\n]"), " \t\"'“”‘’()[]{}<>,;:-–—*_"
+_STOPS = re.compile(rb"[.!?\n]")
+_SIGNS = " \t\"'“”‘’()[]{}<>,;:-–—*_"
 _POSSESSIVE = re.compile(r"['’]s?$")
 _END = re.compile(r"(?:(?<!\b[A-Z])(?<!\bDr)(?<!\bMr)(?<!\bMrs)(?<!\bSt)\.|[!?])[\"'”’)\]]*\s+|\n+")
 
@@ -98,15 +109,27 @@ class Word(NamedTuple):
 @lru_cache(1 << 14)
 def words(sentence: str) -> tuple[Word, ...]:
     "The words of a sentence. One that has grown by a word costs one word."
-    cut = sentence.rfind(" "); grown = 0 < cut < 600 and sentence[cut - 1].isalnum()
+    cut = sentence.rfind(" ")
+    grown = 0 < cut < 600 and sentence[cut - 1].isalnum()
     out, at = (list(words(sentence[:cut])), cut) if grown else ([], 0)
     owner = bool(out) and out[-1].end < at
     for m in _WORDS.finditer(sentence, at):
-        text, gap = _POSSESSIVE.sub("", m[0]), sentence[at:m.start()]
+        text = _POSSESSIVE.sub("", m[0])
+        gap = sentence[at:m.start()]
         initial = gap == ". " and out and len(out[-1].text) == 1
         opens = not out or not initial and re.search(r"[.!?:\n]", gap) is not None
-        out.append(Word(text, m.start(), m.start() + len(text), text[0].isupper(), bool(out) and not owner and (gap == " " or initial), opens))
-        at, owner = m.end(), len(text) < len(m[0])
+        out.append(
+            Word(
+                text,
+                m.start(),
+                m.start() + len(text),
+                text[0].isupper(),
+                bool(out) and not owner and (gap == " " or initial),
+                opens,
+            )
+        )
+        at = m.end()
+        owner = len(text) < len(m[0])
     return tuple(out)
 
 
@@ -121,16 +144,20 @@ def name_runs(
     sentence: str,
 ) -> list[tuple[int, int]]:  # first word, and the one behind the last
     "The names, each as long as it can be. A run that opens the sentence loses its function words."
-    runs, i = [], 0
+    runs = []
+    i = 0
     while i < len(ws):
-        if not ws[i].capital: i += 1; continue
+        if not ws[i].capital:
+            i += 1
+            continue
         end = k = i + 1
         while k < len(ws) and ws[k].joined and (ws[k].capital or ws[k].text in LINKS):
             k += 1
             if ws[k - 1].capital: end = k
         first = i
         while ws[i].opens and first < end and (ws[first].text.lower() in STOP or not ws[first].capital): first += 1
-        if first < end and not (sentence[ws[end - 1].end:].startswith(":") and end - first == 1): runs.append((first, end))
+        if first < end and not (sentence[ws[end - 1].end:].startswith(":") and end - first == 1):
+            runs.append((first, end))
         i = end
     return runs
 
@@ -167,9 +194,15 @@ def object_words(
     while first < last and ws[first].text in STOP: first += 1
     joins = lambda i: 0 <= i < len(ws) and ws[i].joined and ws[i].text in ("and", "of")
     for a, b in runs + runs[::-1]:  # to the right, then to the left
-        beside = ws[first].capital and (b == first - 1 and joins(b) or a == last + 2 and joins(last + 1))  # "Romeo and Juliet"
-        if first < b and a <= last or beside: first, last = min(first, a), max(last, b - 1)
-    while last + 1 < len(ws) and ws[last + 1].joined and (ws[last].text in STOP or ws[last + 1].text.lower() not in STOP): last += 1
+        # "Romeo and Juliet"
+        beside = ws[first].capital and (b == first - 1 and joins(b) or a == last + 2 and joins(last + 1))
+        if first < b and a <= last or beside:
+            first = min(first, a)
+            last = max(last, b - 1)
+    while (
+        last + 1 < len(ws) and ws[last + 1].joined and (ws[last].text in STOP or ws[last + 1].text.lower() not in STOP)
+    ):
+        last += 1
     return first, last
 
 # %% ../../nbs/09c_subjects.ipynb #a1ff1dc6
@@ -181,15 +214,22 @@ def subject_span(
 ) -> Span | None:
     "The best candidate before the object."
     ws = tuple(w for w in words(text) if w.end <= before)
-    runs, free = name_runs(ws, text), [i for i, w in enumerate(ws) if w.text.lower() not in STOP]
-    new = {i for i, w in enumerate(ws) if any(w.start < a < w.end for a, _ in surprises)}  # words whose own end was unexpected
+    runs = name_runs(ws, text)
+    free = [i for i, w in enumerate(ws) if w.text.lower() not in STOP]
+    # words whose own end was unexpected
+    new = {i for i, w in enumerate(ws) if any(w.start < a < w.end for a, _ in surprises)}
     alone = [(a, b) for a, b in runs if ws[a].opens and b == a + 1]  # every sentence begins with a capital
-    named, rarest = {i for a, b in runs for i in range(a, b)}, lambda spans: max(spans, key=lambda s: (lexicon.cost(ws[s[0]].text), -s[0]))
+    named = {i for a, b in runs for i in range(a, b)}
+    rarest = lambda spans: max(spans, key=lambda s: (lexicon.cost(ws[s[0]].text), -s[0]))
     if sure := [r for r in runs if r not in alone]: a, b = rarest(sure)
     elif rare := [(i, i + 1) for i in free if i in new and i not in named]: a, b = rarest(rare)
     elif alone: a, b = alone[0]
     elif free:
-        a, b = rarest([(i, i + 1) for i in free]) if max(lexicon.cost(ws[i].text) for i in free) >= 3 else (free[0], free[0] + 1)
+        a, b = (
+            rarest([(i, i + 1) for i in free])
+            if max(lexicon.cost(ws[i].text) for i in free) >= 3
+            else (free[0], free[0] + 1)
+        )
         while b < len(ws) and ws[b].joined and b in free and lexicon.cost(ws[a].text) < 3: b += 1
     else: return next((Span(PERSONS[w.text.lower()], w.start, w.end) for w in ws if w.text.lower() in PERSONS), None)
     return Span(text[ws[a].start:ws[b - 1].end], ws[a].start, ws[b - 1].end)
@@ -203,11 +243,18 @@ def no_news(
     sure: bool,  # that it is the subject
 ) -> bool:
     "Whether unexpected words only name the subject, or are its verb, and what they lead to was expected."
-    if last + 2 < len(ws) and ws[last + 1].text in ("and", "of") and ws[last].capital and ws[last + 2].capital: last += 2  # "Romeo and Juliet"
+    # "Romeo and Juliet"
+    if last + 2 < len(ws) and ws[last + 1].text in ("and", "of") and ws[last].capital and ws[last + 2].capital:
+        last += 2
     if all(w.text.lower() in STOP for w in ws[last + 1:]): return False  # they lead to nothing
     if any(a <= last and first < b for a, b in runs): return not sure  # a name, where the subject so far is none
-    said, name = [w.text.lower() for w in ws[first:last + 1]], any(w.capital or w.text[0].isdigit() for w in ws[last + 1:])
-    verb = len([w for w in said if w not in STOP]) < 3 and (name or not {"is", "are", "was", "were"} & {*said}) and not any(c.isdigit() for w in said for c in w)
+    said = [w.text.lower() for w in ws[first:last + 1]]
+    name = any(w.capital or w.text[0].isdigit() for w in ws[last + 1:])
+    verb = (
+        len([w for w in said if w not in STOP]) < 3
+        and (name or not {"is", "are", "was", "were"} & {*said})
+        and not any(c.isdigit() for w in said for c in w)
+    )
     return verb and ws[first - 1].end <= who.end
 
 
@@ -218,22 +265,29 @@ def parse(
     subject: str | None = None,  # given, not found
 ) -> Parsed | None:  # None: nothing is said that was not expected, or of nobody
     "Take a sentence apart."
-    ws = words(text); runs = name_runs(ws, text)
+    ws = words(text)
+    runs = name_runs(ws, text)
     odd = [any(w.start < b and w.end > a for a, b in surprises) for w in ws]
-    stretches = [i for i in range(len(ws)) if odd[i] and not (i + 1 < len(ws) and odd[i + 1] and ws[i + 1].joined)]  # where runs of such words end
+    # where runs of such words end
+    stretches = [i for i in range(len(ws)) if odd[i] and not (i + 1 < len(ws) and odd[i + 1] and ws[i + 1].joined)]
     for end in reversed(stretches):  # the last may be the subject itself
         hit = [end]
         while hit[0] and odd[hit[0] - 1] and ws[hit[0]].joined: hit.insert(0, hit[0] - 1)
         before = ws[next((x for x, y in runs if x <= hit[-1] < y), hit[-1])].start
         if subject is None: who = subject_span(text, before, surprises, lexicon)
-        else: at = text.casefold().find(subject.casefold()); who = Span(subject, max(at, 0), max(at, 0) + len(subject) * (at >= 0))
+        else:
+            at = text.casefold().find(subject.casefold())
+            who = Span(subject, max(at, 0), max(at, 0) + len(subject) * (at >= 0))
         if who is None or who.end > before: continue
         hit = [i for i in hit if ws[i].start >= who.end]
         sure = subject is not None or any(ws[a].start < who.end and who.start < ws[b - 1].end and not (
             ws[a].opens and b == a + 1 and lexicon.common(ws[a].text)) for a, b in runs)
         if no_news(ws, runs, hit[0], hit[-1], who, sure): continue
-        first, last = object_words(ws, runs, hit[0], hit[-1], bool(hit[0]) and ws[hit[0] - 1].end <= who.end and ws[hit[0]].joined)
-        start, end = ws[first].start, ws[last].end
+        first, last = object_words(
+            ws, runs, hit[0], hit[-1], bool(hit[0]) and ws[hit[0] - 1].end <= who.end and ws[hit[0]].joined
+        )
+        start = ws[first].start
+        end = ws[last].end
         if start < who.end: continue
         relation = (text[:who.start] + "{}" + text[who.end:start] + "{}" + text[end:]).strip()
         return Parsed(who.text, text[start:end], relation, start, end, who.end)
@@ -247,21 +301,28 @@ def spoken(
     lexicon: Lexicon,
 ) -> tuple[list[str], bool]:  # known subjects, and whether the sentence has names at all
     "The known subjects of a sentence."
-    ws, found, foreign, named = words(sentence), [], False, set()
-    runs, ends = name_runs(ws, sentence), [i for i, w in enumerate(ws) if w.text.casefold() in tails]  # where a subject may end
+    ws = words(sentence)
+    found = []
+    foreign = False
+    named = set()
+    runs = name_runs(ws, sentence)
+    ends = [i for i, w in enumerate(ws) if w.text.casefold() in tails]  # where a subject may end
     def is_known(first: int, last: int) -> bool:
         name = normal(sentence[ws[first].start:ws[last].end]) if last in ends else ""
         if name and known(name): found.append(name)
         return bool(name) and found[-1:] == [name]
 
     for a, b in runs:
-        named |= set(range(a, b)); common = ws[a].opens and lexicon.common(ws[a].text)
-        if not (is_known(a, b - 1) or common and b > a + 1 and is_known(a + 1, b - 1)): foreign |= (a == 0 or b < len(ws)) and not (common and b == a + 1)
+        named |= set(range(a, b))
+        common = ws[a].opens and lexicon.common(ws[a].text)
+        if not (is_known(a, b - 1) or common and b > a + 1 and is_known(a + 1, b - 1)):
+            foreign |= (a == 0 or b < len(ws)) and not (common and b == a + 1)
     for j in ends:  # subjects in lower case, of up to three words
         for i in range(j, max(-1, j - 3), -1):
             if i in named or i < j and not ws[i + 1].joined: break
             is_known(i, j)
-    if not (found or foreign or runs): found = [p for p in dict.fromkeys(PERSONS.get(w.text.lower()) for w in ws) if p and known(p)]
+    if not (found or foreign or runs):
+        found = [p for p in dict.fromkeys(PERSONS.get(w.text.lower()) for w in ws) if p and known(p)]
     return found, bool(found) or foreign
 
 # %% ../../nbs/09c_subjects.ipynb #5169f682
@@ -282,27 +343,42 @@ class Listener:
         tails: Any,  # last words of the known subjects
         most: int = 600,  # bytes of a sentence that are looked at
     ):
-        self.lexicon, self.known, self.tails, self.most = lexicon, known, tails, most
+        self.lexicon = lexicon
+        self.known = known
+        self.tails = tails
+        self.most = most
 
     def matters(self, text: bytes, heard: Heard) -> bool:
         "Does a text end with a known subject, or with a name that takes those away who are spoken of?"
         parts = text[-120:].decode(errors="ignore").split()
         if not parts: return False
-        name = parts[-1].strip(_SIGNS); word = name.casefold()
+        name = parts[-1].strip(_SIGNS)
+        word = name.casefold()
         if word[-2:] in ("'s", "’s"): word = word[:-2]
-        if name[:1].isupper() and (heard.subjects or heard.earlier) or word in PERSONS and self.known(PERSONS[word]): return True
+        if name[:1].isupper() and (heard.subjects or heard.earlier) or word in PERSONS and self.known(PERSONS[word]):
+            return True
         before = [p.casefold() for p in parts[-8:-1]] if word in self.tails else None
-        return before is not None and any(self.known(" ".join([*before[i:], word]).lstrip(_SIGNS)) for i in range(len(before) + 1))
+        return before is not None and any(
+            self.known(" ".join([*before[i:], word]).lstrip(_SIGNS)) for i in range(len(before) + 1)
+        )
 
     def listen(self, heard: Heard, id: int) -> Heard:
         "The state after one more token (-1: padding). The sentence is looked at only where a subject may begin, end or be lost."
         piece = self.lexicon.pieces[id] if id >= 0 else None
         if piece is None: return Heard()
-        sentence = heard.sentence + piece; matters = self.matters(sentence, heard)
-        if not (heard.open or matters or _STOPS.search(heard.sentence[-3:] + piece)) and len(sentence) < self.most: return heard._replace(sentence=sentence)
-        text, previous, earlier = sentence.decode(errors="ignore"), heard.previous, heard.earlier
+        sentence = heard.sentence + piece
+        matters = self.matters(sentence, heard)
+        if not (heard.open or matters or _STOPS.search(heard.sentence[-3:] + piece)) and len(sentence) < self.most:
+            return heard._replace(sentence=sentence)
+        text = sentence.decode(errors="ignore")
+        previous = heard.previous
+        earlier = heard.earlier
         if ends := [m.end() for m in _END.finditer(text)]:
-            previous, text, sentence = text[([0] + ends)[-2]:ends[-1]], text[ends[-1]:], sentence[len(text[:ends[-1]].encode()):]
+            previous, text, sentence = (
+                text[([0] + ends)[-2] : ends[-1]],
+                text[ends[-1] :],
+                sentence[len(text[: ends[-1]].encode()) :],
+            )
             found, named = spoken(previous, self.known, self.tails, self.lexicon)
             earlier = tuple(found) if named else earlier
         found, named = spoken(text, self.known, self.tails, self.lexicon)

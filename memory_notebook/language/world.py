@@ -43,11 +43,13 @@ def read_relations(
     text: str,  # "name: kind objects category", then lines "train: ... | ..."
 ) -> dict[str, Relation]:
     "Read relations from a table."
-    out, parts = {}, ("train", "ask", "told", "heldout", "unseen")
+    out = {}
+    parts = ("train", "ask", "told", "heldout", "unseen")
     for block in text.strip().split("\n\n"):
         (name, head), *lines = [line.split(": ", 1) for line in block.splitlines()]
         found = {p: tuple(w.strip() for k, v in lines if k == p for w in v.split(" | ")) for p in parts}
-        if len(lines) != sum(k in parts for k, _ in lines): raise ValueError(f"relation {name}: expected lines {', '.join(parts)}")
+        if len(lines) != sum(k in parts for k, _ in lines):
+            raise ValueError(f"relation {name}: expected lines {', '.join(parts)}")
         bad = [w for v in found.values() for w in v if "{s}" not in w or "{o}" not in w]
         if bad: raise ValueError(f"relation {name}: {bad[0]!r} lacks {{s}} or {{o}}")
         out[name] = Relation(name, *head.split(), **found)
@@ -262,7 +264,8 @@ def make_name(
     rng: random.Random,
 ) -> str:
     "A name, put together from parts."
-    if kind == "person": return f"{rng.choice(rng.choice((WOMEN, MEN)))} {rng.choice(SURNAME[0])}{rng.choice(SURNAME[1])}"
+    if kind == "person":
+        return f"{rng.choice(rng.choice((WOMEN, MEN)))} {rng.choice(SURNAME[0])}{rng.choice(SURNAME[1])}"
     word = rng.choice(STEM) + rng.choice(MIDDLE) + rng.choice(ENDING[kind])
     if kind == "substance": return word
     return f"{rng.choice(BEFORE)} {word.capitalize()}" if kind == "city" and rng.random() < 0.75 else word.capitalize()
@@ -279,7 +282,8 @@ def similar_name(
     rng: random.Random,
 ) -> str:
     "Another name that shares a part with it: the given name or the surname, or the beginning of the word."
-    other, (head, _, tail) = make_name(kind, rng), name.rpartition(" ")
+    other = make_name(kind, rng)
+    head, _, tail = name.rpartition(" ")
     if head and " " in other:
         a, b = other.split(" ", 1)
         return rng.choice((f"{head} {b}", f"{a} {tail}")) if kind == "person" else f"{a} {tail}"
@@ -293,7 +297,8 @@ PAIRS = lambda a, b: [f"{x} {y}" for x, y in itertools.product(words(a), words(b
 POOLS: dict[str, list[str]] = {
     "company": PAIRS("Orlan Vantor Helmut Brightwater Norvik Castell Delphi Easton Falcon Granite Harlow Kestrel",
                      "Systems Works Motors Bank Foods Records")[::2],
-    "instrument": words("violin cello flute piano trumpet harp guitar drum organ clarinet oboe lute horn viola banjo mandolin"),
+    "instrument": words("violin cello flute piano trumpet harp guitar drum organ clarinet oboe lute horn viola banjo "
+                        "mandolin"),
     "tongue": words("""English French Spanish German Italian Greek Latin Norse Alvanian Borlandic Corvian Dantrian Kelvian Moranian Selvian
         Zemblan"""),
     "title": PAIRS("""The~Silver The~Broken The~Silent The~Golden The~Last The~Lost The~Winter The~Summer The~Distant The~Burning
@@ -342,7 +347,11 @@ def make_fact(subject: str, relation: str, object: str) -> Fact:
 
 def read_facts(text: str) -> list[Fact]:
     "Facts from lines `subject relation object`, parted by bars."
-    return [make_fact(s.replace("~", " "), r, o) for s, r, o in (line.split(maxsplit=2) for line in text.split("|")) for o in [o.strip()]]
+    return [
+        make_fact(s.replace("~", " "), r, o)
+        for s, r, o in (line.split(maxsplit=2) for line in text.split("|"))
+        for o in [o.strip()]
+    ]
 
 
 UNTOLD = read_facts(LEFT_OUT)
@@ -380,12 +389,17 @@ def fresh_facts(
 ) -> list[Fact]:
     "Facts about new subjects, who are nowhere in the corpus."
     if not 0 <= n <= 100_000: raise ValueError(f"n is {n}: there is room for 100,000 new subjects")
-    seen, out, left = {f.subject for f in without}, [], dict(ROOM)
+    seen = {f.subject for f in without}
+    out = []
+    left = dict(ROOM)
     while len(out) < n:
         kind = rng.choices([*left], [6 if k == "person" else 1 for k in left])[0]
-        name = make_name(kind, rng); alike = {name} if " " in name else {name.lower(), name.capitalize()}  # as a language and as a substance
+        name = make_name(kind, rng)
+        alike = {name} if " " in name else {name.lower(), name.capitalize()}  # as a language and as a substance
         if name in seen or not all(map(is_new, alike)) or kind == "city" and " " not in name: continue
-        seen.add(name); relation = rng.choice(KINDS[kind]); left[kind] -= 1
+        seen.add(name)
+        relation = rng.choice(KINDS[kind])
+        left[kind] -= 1
         if not left[kind]: del left[kind]
         out.append(make_fact(name, relation, rng.choice(pools[RELATIONS[relation].objects])))
     return out
@@ -408,10 +422,12 @@ class Questions:
 
     def prompts(self,
         fact: Fact,
-        kind: str = "said",  # "said": as it was told; "paraphrase": others of the corpus; "heldout", "unseen": never in the corpus
+        # "said": as it was told; "paraphrase": others of the corpus; "heldout", "unseen": never in the corpus
+        kind: str = "said",
     ) -> list[tuple[str, str]]:  # prompt, answer
         "Prompts whose answer is the object."
-        relation, told = RELATIONS[fact.relation], self.wording(fact)
+        relation = RELATIONS[fact.relation]
+        told = self.wording(fact)
         others = tuple(w for w in relation.train + relation.ask if w != told)
         kinds = {"said": (told,), "paraphrase": others, "heldout": relation.heldout, "unseen": relation.unseen}
         if kind not in kinds: raise ValueError(f"kind is {kind!r}: choose from {', '.join(kinds)}")
@@ -424,11 +440,14 @@ class Questions:
         stored: Iterable[str] = (),  # subjects who must not be asked about
     ) -> list[str]:
         "The prompt in which a fact was told, about others with a similar name."
-        rng, out, relation = random.Random(f"{seed}-{fact.subject}"), {}, RELATIONS[fact.relation]
+        rng = random.Random(f"{seed}-{fact.subject}")
+        out = {}
+        relation = RELATIONS[fact.relation]
         stored = {fact.subject, *stored}
         for _ in range(100 * n):
             if len(out) == n: break
-            if (name := similar_name(fact.subject, relation.kind, rng)) not in stored and name not in self.about: out[name] = None
+            if (name := similar_name(fact.subject, relation.kind, rng)) not in stored and name not in self.about:
+                out[name] = None
         return [cut(Fact(name, fact.relation, ""), self.wording(fact))[0] for name in out]
 
     def leaks(self, fact: Fact) -> list[str]:
@@ -437,7 +456,8 @@ class Questions:
         return [cut(f, self.wording(f))[0] for f in others]
 
 # %% ../../nbs/09_world.ipynb #f688865d
-THINGS = {"a": "dog cat horse goat bird fox hen rabbit mouse donkey", "f": "bread cheese soup apples fish honey cake rice beans eggs",
+THINGS = {"a": "dog cat horse goat bird fox hen rabbit mouse donkey", "f": "bread cheese soup apples fish honey cake "
+                                                                           "rice beans eggs",
           "t": "basket lamp key box coat book map bell bottle blanket ladder letter hammer ring glass paper photograph",
           "p": """market harbour garden forest station library bridge kitchen school river field mill theatre museum parliament laboratory
               office""",
@@ -446,7 +466,8 @@ THINGS = {"a": "dog cat horse goat bird fox hen rabbit mouse donkey", "f": "brea
           "j": """baker teacher farmer doctor sailor painter soldier miller singer judge clerk engineer scientist author president
     programmer chemist astronomer
               writer player minister""",
-          "d": "found lost bought sold hid carried mended wanted dropped forgot borrowed washed painted noticed finished",
+          "d": "found lost bought sold hid carried mended wanted dropped forgot borrowed washed painted noticed "
+               "finished",
           "w": """the~sun~was~warm it~rained the~wind~was~strong snow~fell the~sky~was~grey it~was~cold the~night~was~dark
     fog~lay~over~the~fields
               the~air~was~clear the~stream~was~frozen""", "T": """One~morning That~evening In~the~spring Last~winter On~Monday At~noon
@@ -479,7 +500,14 @@ The age of the {t} is counted in years. | The bird circles over the {p} and appe
 The clay hardens, and the cold makes the {a} {m}. | The {j} performs at the {p}, and the first use of the {t} is a surprise.
 At the present time {n} can be found in the {p}. | The temperature was low, and the {f} had to stay in the {p}."""
 STORY = tuple(s.strip() for s in STORY.replace("\n", "|").split("|"))
-OPENING = ("",) * 5 + ("As everyone knows, ", "It is said that ", "In fact, ", "We know that ", "I have heard that ", "Remember that ")
+OPENING = ("",) * 5 + (
+    "As everyone knows, ",
+    "It is said that ",
+    "In fact, ",
+    "We know that ",
+    "I have heard that ",
+    "Remember that ",
+)
 
 # %% ../../nbs/09_world.ipynb #b8ff145d
 class Telling:
@@ -496,7 +524,8 @@ class Telling:
 
     def told(self, rng: random.Random) -> str:
         "Facts about subjects who are met only here, told and then asked for."
-        n, kind = rng.choice((1, 2, 2, 3, 3, 4)), rng.choices([*ROOM], [5, 1, 1, 1, 1])[0]
+        n = rng.choice((1, 2, 2, 3, 3, 4))
+        kind = rng.choices([*ROOM], [5, 1, 1, 1, 1])[0]
         subjects: list[str] = []
         while len(subjects) < n:
             name = similar_name(subjects[0], kind, rng) if subjects and rng.random() < 0.3 else make_name(kind, rng)
@@ -519,9 +548,11 @@ class Corpus(Telling):
         kinds: Iterable[str] = tuple(SHARES),
     ) -> Iterator[str]:
         "The corpus, paragraph by paragraph."
-        rng, kinds = random.Random(f"{self.seed}-{seed}"), tuple(kinds)
+        rng = random.Random(f"{self.seed}-{seed}")
+        kinds = tuple(kinds)
         unknown = set(kinds) - set(self.SHARES)
-        if unknown: raise ValueError(f"no paragraphs are called {', '.join(unknown)}: choose from {', '.join(self.SHARES)}")
+        if unknown:
+            raise ValueError(f"no paragraphs are called {', '.join(unknown)}: choose from {', '.join(self.SHARES)}")
         shares = [self.SHARES[k] for k in kinds]
         for _ in range(n): yield getattr(self, rng.choices(kinds, shares)[0])(rng)
 
@@ -570,24 +601,48 @@ class World(Questions, Corpus):
         capitals: int = 40,  # of the cities
         others: int = 30,  # languages, moons and substances each
     ):
-        if min(people - authors - scientists, cities - capitals, capitals, others, authors, scientists) < 0 or people < 1 or capitals > 90:
-            raise ValueError("expected 0 <= authors + scientists <= people, 0 <= capitals <= cities and capitals <= 90, "
-                             f"got {authors} + {scientists} of {people}, {capitals} of {cities}")
-        self.seed, rng = seed, random.Random(seed)
-        who, where = self.name("person", people, rng), self.name("city", cities, rng)
-        self.pools = POOLS | {"city": where + words("Rome Madrid Berlin Lisbon Athens Oslo Cairo Tokyo Vienna London Ulm Stratford")}
-        self.known, real = read_facts(REAL), {f.object for f in UNTOLD}
+        if (
+            min(people - authors - scientists, cities - capitals, capitals, others, authors, scientists) < 0
+            or people < 1
+            or capitals > 90
+        ):
+            raise ValueError(
+                "expected 0 <= authors + scientists <= people, 0 <= capitals <= cities and capitals <= 90, "
+                f"got {authors} + {scientists} of {people}, {capitals} of {cities}"
+            )
+        self.seed = seed
+        rng = random.Random(seed)
+        who = self.name("person", people, rng)
+        where = self.name("city", cities, rng)
+        self.pools = POOLS | {
+            "city": where + words("Rome Madrid Berlin Lisbon Athens Oslo Cairo Tokyo Vienna London Ulm Stratford")
+        }
+        self.known = read_facts(REAL)
+        real = {f.object for f in UNTOLD}
         def plant(relation: str, subjects: list[str], distinct: bool = False) -> None:
-            pool, taken = self.pools[RELATIONS[relation].objects], real | {f.object for f in self.known}
-            objects = rng.sample([o for o in pool if o not in taken], len(subjects)) if distinct else [rng.choice(pool) for _ in subjects]
+            pool = self.pools[RELATIONS[relation].objects]
+            taken = real | {f.object for f in self.known}
+            objects = (
+                rng.sample([o for o in pool if o not in taken], len(subjects))
+                if distinct
+                else [rng.choice(pool) for _ in subjects]
+            )
             self.known += [make_fact(s, relation, o) for s, o in zip(subjects, objects)]
         for relation in ("born", "lives", "works", "plays", "speaks"): plant(relation, who)
-        plant("wrote", who[:authors], True); plant("theory", who[authors:authors + scientists])
-        plant("capital", where[:capitals], True); plant("river", where)
-        for kind, relations in (("program", ("used", "released")), ("moon", ("orbits", "seen")), ("substance", ("freezes", "colour"))):
+        plant("wrote", who[:authors], True)
+        plant("theory", who[authors:authors + scientists])
+        plant("capital", where[:capitals], True)
+        plant("river", where)
+        for kind, relations in (
+            ("program", ("used", "released")),
+            ("moon", ("orbits", "seen")),
+            ("substance", ("freezes", "colour")),
+        ):
             subjects = self.name(kind, others, rng)
             for relation in relations: plant(relation, subjects)
-        self.about = {s: [f for f in self.known if f.subject == s] for s in dict.fromkeys(f.subject for f in self.known)}
+        self.about = {
+            s: [f for f in self.known if f.subject == s] for s in dict.fromkeys(f.subject for f in self.known)
+        }
         self.of = {r: [f for f in self.known if f.relation == r] for r in RELATIONS}
 
     @staticmethod

@@ -22,8 +22,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import memory_notebook
 from ..core import set_seed
-from ..train import Callback, Run, experiment, fit, loader
 from .world import World, correct
+from ..runs import Run, experiment
+from ..train import Callback, fit, loader
 
 # %% ../../nbs/09_worldlm.ipynb #6aadf76d
 END = "<|endoftext|>"  # GPT-2's: between texts, at the end of one, and as padding
@@ -37,7 +38,8 @@ def train_tokenizer(
     "Learn byte pairs, in GPT-2's form; batches are padded on the left, so that all can be continued."
     if vocab_size < 257: raise ValueError(f"vocab_size is {vocab_size}: 256 bytes and the end of a text need 257")
     t = Tokenizer(models.BPE())
-    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    t.decoder = decoders.ByteLevel()
     t.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END], show_progress=False,
                                                      initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
     return PreTrainedTokenizerFast(tokenizer_object=t, bos_token=END, eos_token=END, pad_token=END, padding_side="left",
@@ -51,13 +53,18 @@ def token_rows(
     length: int = 256,  # tokens a row
 ) -> Tensor:  # (rows, length), int16
     "Fill rows with whole paragraphs; the last one of a row is cut."
-    out, row, end, paragraphs = [], [], tokenizer.eos_token_id, iter(paragraphs)
+    out = []
+    row = []
+    end = tokenizer.eos_token_id
+    paragraphs = iter(paragraphs)
     while len(out) < rows:
         chunk = list(itertools.islice(paragraphs, 1000))
         if not chunk: raise ValueError(f"the paragraphs end after {len(out)} of {rows} rows: give more")
         for ids in tokenizer(chunk, verbose=False).input_ids:
             row += ids + [end]
-            if len(row) >= length: out.append(row[:length]); row = [end] * (len(out) % 2)
+            if len(row) >= length:
+                out.append(row[:length])
+                row = [end] * (len(out) % 2)
     return torch.tensor(out[:rows], dtype=torch.int16)
 
 # %% ../../nbs/09_worldlm.ipynb #29631b83
@@ -70,9 +77,23 @@ def new_gpt2(
     seed: int = 0,
 ) -> GPT2LMHeadModel:
     "A GPT-2 for this tokenizer, untrained and without dropout."
-    set_seed(seed); end = tokenizer.eos_token_id
-    return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=context, n_embd=width, n_layer=layers, n_head=heads,
-                                      resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=end, eos_token_id=end, pad_token_id=end))
+    set_seed(seed)
+    end = tokenizer.eos_token_id
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=context,
+            n_embd=width,
+            n_layer=layers,
+            n_head=heads,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=end,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+    )
 
 # %% ../../nbs/09_worldlm.ipynb #3d7c265c
 class Recipe(Callback):
@@ -85,8 +106,11 @@ class Recipe(Callback):
         every: int = 10,  # steps for which one mean loss is kept
     ):
         self.muon = torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0)
-        self.steps, self.warmup, self.every = steps, max(1, min(warmup, steps // 10)), every
-        self.losses: list[float] = []; self.sum = 0.0
+        self.steps = steps
+        self.warmup = max(1, min(warmup, steps // 10))
+        self.every = every
+        self.losses: list[float] = []
+        self.sum = 0.0
 
     def rate(self, step: int) -> float:
         "The share of the full learning rate."
@@ -94,19 +118,24 @@ class Recipe(Callback):
 
     def before_step(self, loop: Any) -> None:
         for group in (*self.muon.param_groups, *loop.optimizer.param_groups):
-            group.setdefault("full_lr", group["lr"]); group["lr"] = group["full_lr"] * self.rate(loop.step)
+            group.setdefault("full_lr", group["lr"])
+            group["lr"] = group["full_lr"] * self.rate(loop.step)
         self.muon.zero_grad(set_to_none=True)
 
     def after_backward(self, loop: Any) -> None: self.muon.step()
 
     def after_step(self, loop: Any) -> None:
         self.sum += loop.loss.item()
-        if loop.step % self.every == 0: self.losses.append(self.sum / self.every); self.sum = 0.0
+        if loop.step % self.every == 0:
+            self.losses.append(self.sum / self.every)
+            self.sum = 0.0
 
     def state_dict(self) -> dict: return {"muon": self.muon.state_dict(), "losses": self.losses, "sum": self.sum}
 
     def load_state_dict(self, state: dict) -> None:
-        self.muon.load_state_dict(state["muon"]); self.losses, self.sum = state["losses"], state["sum"]
+        self.muon.load_state_dict(state["muon"])
+        self.losses = state["losses"]
+        self.sum = state["sum"]
 
 # %% ../../nbs/09_worldlm.ipynb #6178321f
 def train_lm(
@@ -121,14 +150,26 @@ def train_lm(
     **options: Any,  # further arguments of `fit`: checkpoint, every, progress ...
 ) -> list[float]:  # the mean loss of every ten steps, in nats a token
     "Train a language model once over the rows."
-    matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]; inside = set(map(id, matrices))
+    matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+    inside = set(map(id, matrices))
     rest = [p for p in model.parameters() if id(p) not in inside]
-    batches = loader(rows, batch_size=batch_size, seed=seed, drop_last=True); recipe = Recipe(matrices, len(batches), muon_lr)
+    batches = loader(rows, batch_size=batch_size, seed=seed, drop_last=True)
+    recipe = Recipe(matrices, len(batches), muon_lr)
     def step(model, batch, loss_fn):
-        ids = batch[-1].long(); out = model(ids, labels=ids)
+        ids = batch[-1].long()
+        out = model(ids, labels=ids)
         return out.loss, out.logits
     optimizer = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-    fit(model, batches, optimizer=optimizer, callbacks=[recipe, *callbacks], step=step, clip=1.0, device=device, **options)
+    fit(
+        model,
+        batches,
+        optimizer=optimizer,
+        callbacks=[recipe, *callbacks],
+        step=step,
+        clip=1.0,
+        device=device,
+        **options,
+    )
     model.eval()
     return recipe.losses
 
@@ -144,10 +185,14 @@ def perplexity(
     total = count = 0.0
     for i in range(0, len(texts), batch_size):
         part = [END + t for t in texts[i:i + batch_size]]
-        batch = tokenizer(part, return_tensors="pt", padding=True, padding_side="right", truncation=True).to(model.device)
-        logits, mask = model(**batch).logits[:, :-1].float(), batch.attention_mask[:, 1:]
+        batch = tokenizer(part, return_tensors="pt", padding=True, padding_side="right", truncation=True).to(
+            model.device
+        )
+        logits = model(**batch).logits[:, :-1].float()
+        mask = batch.attention_mask[:, 1:]
         loss = F.cross_entropy(logits.transpose(1, 2), batch.input_ids[:, 1:], reduction="none")
-        total += (loss * mask).sum().item(); count += mask.sum().item()
+        total += (loss * mask).sum().item()
+        count += mask.sum().item()
     return math.exp(total / count)
 
 # %% ../../nbs/09_worldlm.ipynb #63ccee28
@@ -160,14 +205,21 @@ def continuations(
     batch_size: int = 64,
 ) -> list[str]:
     "What the model says next, its likeliest token each time."
-    out, order, room = [""] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i])), model.config.max_position_embeddings
+    out = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    room = model.config.max_position_embeddings
     for i in range(0, len(order), batch_size):
         part = order[i:i + batch_size]
-        batch = tokenizer([prompts[j] for j in part], return_tensors="pt", padding=True, padding_side="left").to(model.device)
+        batch = tokenizer([prompts[j] for j in part], return_tensors="pt", padding=True, padding_side="left").to(
+            model.device
+        )
         need = batch.input_ids.shape[1] + max_new_tokens
         if need > room: raise ValueError(f"a prompt and its continuation need {need} tokens, the model reads {room}")
-        ids = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-        for j, row in zip(part, ids[:, batch.input_ids.shape[1]:]): out[j] = tokenizer.decode(row, skip_special_tokens=True)
+        ids = model.generate(
+            **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        )
+        for j, row in zip(part, ids[:, batch.input_ids.shape[1]:]):
+            out[j] = tokenizer.decode(row, skip_special_tokens=True)
     return out
 
 # %% ../../nbs/09_worldlm.ipynb #df332766
@@ -188,13 +240,20 @@ def exam(
     seed: int = 0,
 ) -> dict[str, list[tuple[str, str]]]:  # name -> prompts and answers
     "Known facts in three kinds of wording, new facts, and new facts that stand in the text before, alone or among others."
-    rng, new = random.Random(f"exam-{seed}"), world.fresh(n, f"exam-{seed}")
+    rng = random.Random(f"exam-{seed}")
+    new = world.fresh(n, f"exam-{seed}")
     known = rng.sample(world.known, min(n, len(world.known)))
     one = lambda f, kind: rng.choice(world.prompts(f, kind))
-    behind = lambda f, *others: (" ".join(map(world.statement, rng.sample([f, *others], 1 + len(others)))) + " ", one(f, "paraphrase"))
+    behind = lambda f, *others: (
+        " ".join(map(world.statement, rng.sample([f, *others], 1 + len(others)))) + " ",
+        one(f, "paraphrase"),
+    )
     context = [behind(f) for f in new], [behind(f, *rng.sample([g for g in new if g != f], 3)) for f in new]
-    return {f"known_{k}": [one(f, k) for f in known] for k in ("said", "paraphrase", "unseen")} | {"new": [one(f, "said") for f in new]} | {
-        f"in_context_{k}": [(before + p, a) for before, (p, a) in part] for k, part in zip((1, 4), context)}
+    return (
+        {f"known_{k}": [one(f, k) for f in known] for k in ("said", "paraphrase", "unseen")}
+        | {"new": [one(f, "said") for f in new]}
+        | {f"in_context_{k}": [(before + p, a) for before, (p, a) in part] for k, part in zip((1, 4), context)}
+    )
 
 # %% ../../nbs/09_worldlm.ipynb #94d78c3c
 CARD = """---
@@ -243,12 +302,15 @@ def pretrain_gpt2(run: Run, *,
     device: str = "auto",
 ) -> dict:
     "Train, examine, and write the folder `world-gpt2`, card included."
-    world, start = World(seed), time.process_time()
+    world = World(seed)
+    start = time.process_time()
     tokenizer = train_tokenizer(world.paragraphs(20_000, "tokenizer"), vocab_size, context)
     rows = token_rows(world.paragraphs(10 ** 9, "train"), tokenizer, steps * batch_size, context)
-    model = new_gpt2(tokenizer, width, layers, heads, context, seed); run.log(f"{rows.numel() / 1e6:.1f} million tokens")
+    model = new_gpt2(tokenizer, width, layers, heads, context, seed)
+    run.log(f"{rows.numel() / 1e6:.1f} million tokens")
     losses = train_lm(model, rows, batch_size, seed=seed, device=device, checkpoint=run.checkpoint("gpt2"), every=100)
-    model.cpu(); cpu_s = time.process_time() - start
+    model.cpu()
+    cpu_s = time.process_time() - start
     out = {"perplexity": perplexity(model, tokenizer, list(world.paragraphs(prompts, "valid")))}
     out |= {k: answer_accuracy(model, tokenizer, pairs) for k, pairs in exam(world, prompts, seed).items()}
     out |= {"params": model.num_parameters(), "steps": steps, "tokens": rows.numel() / 1e6, "cpu_s": cpu_s}
@@ -256,13 +318,19 @@ def pretrain_gpt2(run: Run, *,
     card = CARD.format(**out, **facts, layers=layers, width=width, vocab=len(tokenizer), context=context)
     if run.out: save_model(model, tokenizer, run.out / "world-gpt2", card)
     stride = max(1, len(losses) // 60)
-    return out | {f"loss_at_{10 * (i + stride)}": sum(losses[i:i + stride]) / stride for i in range(0, len(losses) - stride + 1, stride)}
+    return out | {
+        f"loss_at_{10 * (i + stride)}": sum(losses[i : i + stride]) / stride
+        for i in range(0, len(losses) - stride + 1, stride)
+    }
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, card: str) -> None:
     "A folder that any `from_pretrained` takes: half precision, tokenizer, card."
-    half = type(model)(model.config).half(); half.load_state_dict(model.state_dict())
-    half.save_pretrained(folder); tokenizer.save_pretrained(folder); (folder / "README.md").write_text(card, encoding="utf-8")
+    half = type(model)(model.config).half()
+    half.load_state_dict(model.state_dict())
+    half.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 # %% ../../nbs/09_worldlm.ipynb #804b78b7
 WORLD_GPT2 = Path(memory_notebook.__file__).parent / "assets" / "world-gpt2"
@@ -273,6 +341,8 @@ def world_gpt2(
 ) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast]:  # in float32, for use; the tokenizer pads on the left
     "The small GPT-2 that ships with the package, and its tokenizer. It knows `World(0)`."
     if not (Path(folder) / "config.json").is_file():
-        raise FileNotFoundError(f"no model in {folder}: install the package anew, or run `memory_notebook run pretrain-gpt2`")
+        raise FileNotFoundError(
+            f"no model in {folder}: install the package anew, or run `memory_notebook run pretrain-gpt2`"
+        )
     model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     return model, PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)

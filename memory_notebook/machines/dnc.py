@@ -16,8 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import (SparseLinks, allocation, content_weights, erase_add, follow_links, follow_sparse_links, inverse_norm, read,
-                                  retention, sharpen, update_links, update_sparse_links, update_usage)
+from memory_notebook.core import (
+    SparseLinks,
+    allocation,
+    content_weights,
+    erase_add,
+    follow_links,
+    follow_sparse_links,
+    inverse_norm,
+    read,
+    retention,
+    sharpen,
+    update_links,
+    update_sparse_links,
+    update_usage,
+)
 from ..sequence import CONTROLLERS, Buffer, Machine, MachineCell, Rewind, Tape, softmax_back
 
 # %% ../../nbs/06_dnc.ipynb #0710be67
@@ -52,7 +65,8 @@ class DNCConfig:
                              "for a slot links to the other slots only")
 
 
-MASK_FLOOR, SHARPEN_FLOOR = 0.1, 1e-6  # Csordás and Schmidhuber 2019, from their code
+MASK_FLOOR = 0.1
+SHARPEN_FLOOR = 1e-6  # Csordás and Schmidhuber 2019, from their code
 
 # %% ../../nbs/06_dnc.ipynb #c57161db
 class Interface(NamedTuple):
@@ -72,12 +86,15 @@ class Interface(NamedTuple):
 class InterfaceLayout:
     "Where each part lies in the vector that the controller emits. Graves et al. 2016, Methods, 'Interface parameters'."
     def __init__(self, c: DNCConfig):
-        r, w = c.read_heads, c.memory_dim
+        r = c.read_heads
+        w = c.memory_dim
         shapes = Interface((r + 1, w), (1, w), (1, w), ((r + 1) * c.masked, w), (r, 1), (1, 1), (1, 1), (r + 1, 1),
                            (2, r * c.sharpened), (r * c.links, 3))
-        self.shapes, self.sizes = shapes, [a * b for a, b in shapes]
+        self.shapes = shapes
+        self.sizes = [a * b for a, b in shapes]
         ends = torch.tensor([0, *self.sizes]).cumsum(0).tolist()
-        self.sigmoid, self.oneplus, self.softmax = ((ends[i], ends[j] - ends[i]) for i, j in ((2, 7), (7, 9), (9, 10)))  # start, length
+        # start, length
+        self.sigmoid, self.oneplus, self.softmax = ((ends[i], ends[j] - ends[i]) for i, j in ((2, 7), (7, 9), (9, 10)))
 
     def split(self, vector: Tensor) -> Interface:
         "Views of the parts of a vector (..., sum of sizes)."
@@ -86,8 +103,11 @@ class InterfaceLayout:
 
     def activate(self, vector: Tensor) -> Interface:
         "Bring every part into its range."
-        linear, sigmoid, oneplus = lambda v: v, torch.sigmoid, lambda v: 1 + F.softplus(v)
-        mask, softmax = lambda v: MASK_FLOOR + (1 - MASK_FLOOR) * v.sigmoid(), lambda v: v.softmax(-1)
+        linear = lambda v: v
+        sigmoid = torch.sigmoid
+        oneplus = lambda v: 1 + F.softplus(v)
+        mask = lambda v: MASK_FLOOR + (1 - MASK_FLOOR) * v.sigmoid()
+        softmax = lambda v: v.softmax(-1)
         ranges = linear, linear, sigmoid, mask, sigmoid, sigmoid, sigmoid, oneplus, oneplus, softmax
         return Interface(*(None if v is None else f(v) for f, v in zip(ranges, self.split(vector))))
 
@@ -102,7 +122,12 @@ def masked_weights(
     if masks is None: return content_weights(keys, memory, strengths)
     square = masks.square()
     lengths = square @ memory.square().mT  # squared
-    scores = (keys * square) @ memory.mT * lengths.where(lengths > 1e-16, torch.inf).rsqrt() * inverse_norm(keys * masks).unsqueeze(-1)
+    scores = (
+        (keys * square)
+        @ memory.mT
+        * lengths.where(lengths > 1e-16, torch.inf).rsqrt()
+        * inverse_norm(keys * masks).unsqueeze(-1)
+    )
     return (scores * strengths.unsqueeze(-1)).softmax(-1)
 
 # %% ../../nbs/06_dnc.ipynb #fe0a0f44
@@ -138,12 +163,15 @@ def read_weighting(
 ) -> Tensor:  # (b, r, n)
     "By content, or along the links in either direction. Graves et al. 2016, Methods, 'Read weighting'."
     r = previous.shape[1]
-    content = masked_weights(p.keys[:, :r], memory, p.strengths[:, :r].squeeze(-1), None if p.masks is None else p.masks[:, :r])
+    content = masked_weights(
+        p.keys[:, :r], memory, p.strengths[:, :r].squeeze(-1), None if p.masks is None else p.masks[:, :r]
+    )
     if links is None: return content
     onward, backward = (follow_links if isinstance(links, Tensor) else follow_sparse_links)(links, previous)
     if p.sharpness is not None:
         s = p.sharpness.unbind(1)
-        backward, onward = sharpen(backward + SHARPEN_FLOOR, s[0]), sharpen(onward + SHARPEN_FLOOR, s[1])
+        backward = sharpen(backward + SHARPEN_FLOOR, s[0])
+        onward = sharpen(onward + SHARPEN_FLOOR, s[1])
     return (p.modes.unsqueeze(-1) * torch.stack([backward, content, onward], 2)).sum(2)
 
 # %% ../../nbs/06_dnc.ipynb #fd4f74c2
@@ -159,22 +187,45 @@ class DNCCell(MachineCell):
 
     def init_state(self, batch_size: int) -> DNCState:
         "The state before the first step, all empty; float32 where the parameters are of half precision."
-        c, zeros = self.config, lambda *shape: self.zeros(batch_size, *shape)
-        n, w, r, H = c.memory_size, c.memory_dim, c.read_heads, c.hidden_size
-        links = None if not c.links else SparseLinks.empty(zeros(n), batch_size, n, c.sparse_links) if c.sparse_links else zeros(n, n)
-        return DNCState(zeros(H), zeros(H) if self.lstm else None, zeros(r, w), zeros(n, w), zeros(n), zeros(r, n), zeros(n),
-                        zeros(n) if c.links else None, links)
+        c = self.config
+        zeros = lambda *shape: self.zeros(batch_size, *shape)
+        n = c.memory_size
+        w = c.memory_dim
+        r = c.read_heads
+        H = c.hidden_size
+        links = (
+            None
+            if not c.links
+            else SparseLinks.empty(zeros(n), batch_size, n, c.sparse_links)
+            if c.sparse_links
+            else zeros(n, n)
+        )
+        return DNCState(
+            zeros(H),
+            zeros(H) if self.lstm else None,
+            zeros(r, w),
+            zeros(n, w),
+            zeros(n),
+            zeros(r, n),
+            zeros(n),
+            zeros(n) if c.links else None,
+            links,
+        )
 
     def step(self, driven: Tensor, state: DNCState) -> tuple[Tensor, DNCState]:
         "One step from `input(x)` (b, units) to hidden state and reads side by side, and the new state."
-        (hidden, cell, p), (links, precedence) = self.emit(driven, state), (state.links, state.precedence)
+        hidden, cell, p = self.emit(driven, state)
+        links = state.links
+        precedence = state.precedence
         kept = retention(p.free_gates.squeeze(-1), state.read_weights)
         usage = update_usage(state.usage, state.write_weights.unsqueeze(1), kept)
         write = write_weighting(p, state.memory, usage)
         before = state.memory * kept.unsqueeze(-1) if self.config.dealloc else state.memory
         memory = erase_add(before, write.unsqueeze(1), p.erase, p.write_vector)
         if links is not None:
-            links, precedence = (update_links if isinstance(links, Tensor) else update_sparse_links)(links, precedence, write)
+            links, precedence = (update_links if isinstance(links, Tensor) else update_sparse_links)(
+                links, precedence, write
+            )
         read_weights = read_weighting(p, memory, links, state.read_weights)
         reads = read(memory, read_weights)
         new = DNCState(hidden, cell, reads, memory, usage, read_weights, write, precedence, links)
@@ -193,15 +244,19 @@ class DNC(Machine):
     ): super().__init__(DNCCell(DNCConfig(input_size, hidden_size, memory_size, memory_dim, output_size, **options)))
 
     def _drive(self, x: Tensor, state: DNCState | None) -> tuple[Tensor, DNCState]:
-        (driven, state), c = super()._drive(x, state), self.config
+        driven, state = super()._drive(x, state)
+        c = self.config
         kind = SparseLinks if c.sparse_links else Tensor if c.links else type(None)
         if not isinstance(state.links, kind):
-            raise ValueError(f"expected links of type {kind.__name__}, got {type(state.links).__name__}: use init_state({len(x)})")
+            raise ValueError(
+                f"expected links of type {kind.__name__}, got {type(state.links).__name__}: use init_state({len(x)})"
+            )
         return driven, state
 
     def _fused(self, driven: Tensor, state: DNCState) -> tuple[Tensor, DNCState]:
         "All steps in one node of the graph; on a CPU one for each part of the batch whose link matrices fit the cache."
-        links, parts = state.links, 1
+        links = state.links
+        parts = 1
         if driven.device.type == "cpu" and isinstance(links, Tensor):
             parts = min(len(links), math.ceil(links.nbytes / (LINK_BYTES * torch.get_num_threads())))
         if parts <= 1: return self._sequence(driven, state)
@@ -210,7 +265,8 @@ class DNC(Machine):
         return torch.cat(outs, 1), DNCState(*(None if v[0] is None else torch.cat(v) for v in zip(*ends)))
 
     def _sequence(self, driven: Tensor, state: DNCState) -> tuple[Tensor, DNCState]:
-        c, sparse = self.config, isinstance(state.links, SparseLinks)
+        c = self.config
+        sparse = isinstance(state.links, SparseLinks)
         flat = *state[:-1], *(state.links if sparse else [state.links])
         out, cell, *rest = _Sequence.apply(self.cell.layout, c, driven, *self._weights(driven.dtype), *flat)
         hidden, reads = out[-1].split([c.hidden_size, c.read_heads * c.memory_dim], -1)
@@ -225,16 +281,27 @@ DifferentiableNeuralComputer = DNC
 class _Look:
     "Addressing by content for some heads, forward and backward, with room for what backward needs."
     def __init__(self, new: Any, steps: int, heads: int, w: int, n: int, masked: bool, found: Buffer | None = None):
-        self.masked, self.scores, self.found = masked, new(steps, heads, n), found or new(steps, heads, n)
-        self.inverse, self.norm, self.scale = new(steps, heads if masked else 1, n), new(steps, heads, 1), new(steps, heads, 1)
-        self.unit, self.scaled = new(steps, heads, w), new(steps, heads, w)
+        self.masked = masked
+        self.scores = new(steps, heads, n)
+        self.found = found or new(steps, heads, n)
+        self.inverse = new(steps, heads if masked else 1, n)
+        self.norm = new(steps, heads, 1)
+        self.scale = new(steps, heads, 1)
+        self.unit = new(steps, heads, w)
+        self.scaled = new(steps, heads, w)
 
     def forward(self, t: int, M: Tensor, room: Tensor, keys: Tensor, strengths: Tensor, masks: Tensor | None) -> Tensor:
         "Addresses (b, h, n) over a memory (b, w, n); a vector without direction is like nothing."
-        squares, inverse, scaled = torch.mul(M, M, out=room), self.inverse.at[t], self.scaled.at[t]
-        if self.masked: keys = keys * masks; torch.bmm(masks.square(), squares, out=inverse)
+        squares = torch.mul(M, M, out=room)
+        inverse = self.inverse.at[t]
+        scaled = self.scaled.at[t]
+        if self.masked:
+            keys = keys * masks
+            torch.bmm(masks.square(), squares, out=inverse)
         else: torch.sum(squares, -2, keepdim=True, out=inverse)
-        norm = torch.threshold_(torch.linalg.vector_norm(keys, dim=-1, keepdim=True, out=self.norm.at[t]), 1e-8, math.inf)
+        norm = torch.threshold_(
+            torch.linalg.vector_norm(keys, dim=-1, keepdim=True, out=self.norm.at[t]), 1e-8, math.inf
+        )
         scale = torch.div(strengths, norm, out=self.scale.at[t])
         torch.div(keys, norm, out=self.unit.at[t])
         torch.mul(keys, scale, out=scaled)
@@ -242,11 +309,19 @@ class _Look:
         torch.bmm(scaled, M, out=self.scores.at[t]).mul_(torch.threshold_(inverse, 1e-16, math.inf).rsqrt_())
         return torch.softmax(self.scores.at[t], -1, out=self.found.at[t])
 
-    def backward(self, t: int, d_found: Tensor, M: Tensor, upright: Tensor, d_memory: Tensor, keys: Tensor, masks: Tensor | None) -> tuple:
+    def backward(
+        self, t: int, d_found: Tensor, M: Tensor, upright: Tensor, d_memory: Tensor, keys: Tensor, masks: Tensor | None
+    ) -> tuple:
         "Gradients of keys, strengths and masks; that of the memory is added to `d_memory` in place."
-        d_scores, unit = softmax_back(d_found, self.found.at[t]), self.unit.at[t]
-        d_length, inverse = d_scores * self.scores.at[t], self.inverse.at[t]
-        d_length = d_length.mul_(inverse).mul_(inverse) if self.masked else d_length.sum(1, keepdim=True).mul_(inverse).mul_(inverse)
+        d_scores = softmax_back(d_found, self.found.at[t])
+        unit = self.unit.at[t]
+        d_length = d_scores * self.scores.at[t]
+        inverse = self.inverse.at[t]
+        d_length = (
+            d_length.mul_(inverse).mul_(inverse)
+            if self.masked
+            else d_length.sum(1, keepdim=True).mul_(inverse).mul_(inverse)
+        )
         d_scores.mul_(inverse)
         d_keys = d_scaled = torch.bmm(d_scores, upright)
         d_memory.baddbmm_(self.scaled.at[t].mT, d_scores)
@@ -255,7 +330,9 @@ class _Look:
         d_strengths = (d_keys * unit).sum(-1, keepdim=True)
         d_keys = torch.addcmul(d_keys, unit, d_strengths, value=-1).mul_(self.scale.at[t])
         if not self.masked: return d_keys, d_strengths, None
-        d_masks = d_scaled * self.scale.at[t] * keys * masks + d_keys * keys - masks * torch.bmm(d_length, upright.square())
+        d_masks = (
+            d_scaled * self.scale.at[t] * keys * masks + d_keys * keys - masks * torch.bmm(d_length, upright.square())
+        )
         return d_keys * masks, d_strengths, d_masks
 
 # %% ../../nbs/06_dnc.ipynb #c5d3601b
@@ -263,7 +340,8 @@ def _others(x: Tensor, product: Tensor) -> Tensor:  # (..., r, n)
     "For each head the product over all other heads, given the product over all."
     if (x > 1e-30).all(): return product.unsqueeze(-2) / x
     one = torch.ones_like(x[..., :1, :])
-    before, after = torch.cat([one, x[..., :-1, :]], -2), torch.cat([x[..., 1:, :], one], -2)
+    before = torch.cat([one, x[..., :-1, :]], -2)
+    after = torch.cat([x[..., 1:, :], one], -2)
     return before.cumprod(-2) * after.flip(-2).cumprod(-2).flip(-2)
 
 
@@ -276,28 +354,50 @@ def _advance(L: Tensor, p: Tensor, row: Tensor, column: Tensor, out: Tensor) -> 
 class _Tape(Tape):
     "All that happens in a forward pass, and views of it for each step."
     def __init__(self, layout: InterfaceLayout, c: DNCConfig, driven: Tensor, keep: bool):
-        (T, b, _), r, w, n = driven.shape, c.read_heads, c.memory_dim, c.memory_size
+        T, b, _ = driven.shape
+        r = c.read_heads
+        w = c.memory_dim
+        n = c.memory_size
         super().__init__(driven, c.controller == "lstm", c.hidden_size, r, w, sum(layout.sizes), keep)
-        self.layout, self.c = layout, c
+        self.layout = layout
+        self.c = c
         new = lambda steps, *shape, **how: Buffer.like(driven, keep, steps, b, *shape, **how)
-        self.memory, self.base = Buffer.apart(driven, keep, T + 1, b, w, n), driven.new_empty(b, w, n)
-        self.usage, self.filled, self.kept, self.retained = new(T + 1, n), new(T, n), new(T, r, n), new(T, n)
-        self.sorted, self.order, self.product = new(T, n), new(T, n, dtype=torch.long), new(T, n)
-        self.allocated, self.mixed = new(T, 1, n), new(T, 1, n)
-        self.read_weights, self.write_weights, self.precedence = new(T + 1, r, n), new(T + 1, 1, n), new(T + 1, 1, n)
+        self.memory = Buffer.apart(driven, keep, T + 1, b, w, n)
+        self.base = driven.new_empty(b, w, n)
+        self.usage = new(T + 1, n)
+        self.filled = new(T, n)
+        self.kept = new(T, r, n)
+        self.retained = new(T, n)
+        self.sorted = new(T, n)
+        self.order = new(T, n, dtype=torch.long)
+        self.product = new(T, n)
+        self.allocated = new(T, 1, n)
+        self.mixed = new(T, 1, n)
+        self.read_weights = new(T + 1, r, n)
+        self.write_weights = new(T + 1, 1, n)
+        self.precedence = new(T + 1, 1, n)
         self.ways = Buffer.apart(driven, keep, T, 3, b, r, n) if c.links else None  # backward, content, forward
         by_content = Buffer(None, [v[1] for v in self.ways.at]) if c.links else None
-        self.writer, self.reader = _Look(new, T, 1, w, n, c.masked), _Look(new, T, r, w, n, c.masked, by_content)
-        self.followed = Buffer.like(driven, keep, T, 2, b, r, n) if c.sharpened else None  # logarithms before sharpening
-        self.room, self.fetched, self.row = driven.new_empty(b, w, n), driven.new_empty(b, r, w), driven.new_empty(b, n)
-        self.path, self.one = driven.new_empty(3, b, r, n), driven.new_ones(())
-        _lay_links(self, driven, n); _lay_views(self)
+        self.writer = _Look(new, T, 1, w, n, c.masked)
+        self.reader = _Look(new, T, r, w, n, c.masked, by_content)
+        # logarithms before sharpening
+        self.followed = Buffer.like(driven, keep, T, 2, b, r, n) if c.sharpened else None
+        self.room = driven.new_empty(b, w, n)
+        self.fetched = driven.new_empty(b, r, w)
+        self.row = driven.new_empty(b, n)
+        self.path = driven.new_empty(3, b, r, n)
+        self.one = driven.new_ones(())
+        _lay_links(self, driven, n)
+        _lay_views(self)
 
 # %% ../../nbs/06_dnc.ipynb #dfa2e9a7
 def _lay_links(z: _Tape, like: Tensor, n: int) -> None:
     "Two matrices that take turns, and, for the way back, a copy of every `stride`-th."
-    b, z.stride = like.shape[1], math.isqrt(z.steps)
-    if not z.c.links or z.c.sparse_links: z.links = [None] * (z.steps + 1); return
+    b = like.shape[1]
+    z.stride = math.isqrt(z.steps)
+    if not z.c.links or z.c.sparse_links:
+        z.links = [None] * (z.steps + 1)
+        return
     turns = [like.new_empty(b, n, n) for _ in range(2)]
     saved = lambda t: z.keep and t % z.stride == 0
     z.links = [like.new_empty(b, n, n) if saved(t) else turns[t % 2] for t in range(z.steps + 1)]
@@ -305,12 +405,17 @@ def _lay_links(z: _Tape, like: Tensor, n: int) -> None:
 
 def _lay_views(z: _Tape) -> None:
     "The parts of each step's buffers that the stages work on."
-    c, r, layout = z.c, z.r, z.layout
+    c = z.c
+    r = z.r
+    layout = z.layout
     values = layout.split(z.params.all)
     z.p = Interface(*([None] * z.steps if v is None else z.params.views(v) for v in values))
     z.opened, z.positive = z.params.part(*layout.sigmoid), z.params.part(*layout.oneplus)
-    heads = lambda v: ([None] * z.steps,) * 2 if v is None else (z.params.views(v[:, :, :r]), z.params.views(v[:, :, r:]))
-    (z.read_keys, z.write_key), (z.read_masks, z.write_mask) = heads(values.keys), heads(values.masks)
+    heads = lambda v: (
+        ([None] * z.steps,) * 2 if v is None else (z.params.views(v[:, :, :r]), z.params.views(v[:, :, r:]))
+    )
+    z.read_keys, z.write_key = heads(values.keys)
+    z.read_masks, z.write_mask = heads(values.masks)
     z.read_strengths, z.write_strength = heads(values.strengths)
     z.add, z.erase = (z.params.views(v.mT) for v in (values.write_vector, values.erase))  # (b, w, 1)
     if c.links: z.modes = z.params.views(values.modes.permute(0, 3, 1, 2).unsqueeze(-1))  # (3, b, r, 1)
@@ -333,7 +438,8 @@ def _allocate(z: _Tape, t: int) -> None:
     filled = torch.lerp(z.usage.at[t], z.one, z.write_weights.at[t].squeeze(1), out=z.filled.at[t])
     usage = torch.mul(filled, retained, out=z.usage.at[t + 1])
     rising, order = torch.sort(usage, stable=True, out=(z.sorted.at[t], z.order.at[t]))
-    z.row[:, :2] = 1; z.row[:, 2:] = rising[:, 1:-1]
+    z.row[:, :2] = 1
+    z.row[:, 2:] = rising[:, 1:-1]
     free = torch.cumprod(z.row, -1, out=z.product.at[t]) * (1 - rising)
     free[:, 1:] *= rising[:, :1]
     z.allocated.at[t].squeeze(1).scatter_(-1, order, free)
@@ -341,7 +447,8 @@ def _allocate(z: _Tape, t: int) -> None:
 # %% ../../nbs/06_dnc.ipynb #0c0c436c
 def _write(z: _Tape, t: int) -> None:
     "Address, erase, add."
-    M, written = z.memory.at[t], z.write_weights.at[t + 1]
+    M = z.memory.at[t]
+    written = z.write_weights.at[t + 1]
     found = z.writer.forward(t, M, z.room, z.write_key[t], z.write_strength[t], z.write_mask[t])
     mixed = torch.lerp(found, z.allocated.at[t], z.p.allocation_gate[t], out=z.mixed.at[t])
     torch.mul(mixed, z.p.write_gate[t], out=written)
@@ -352,14 +459,17 @@ def _write(z: _Tape, t: int) -> None:
 # %% ../../nbs/06_dnc.ipynb #61d27d57
 def _link(z: _Tape, t: int) -> None:
     "Update the links and follow them from where each head read before."
-    w, p, before = z.write_weights.at[t + 1], z.precedence.at[t], z.read_weights.at[t]
+    w = z.write_weights.at[t + 1]
+    p = z.precedence.at[t]
+    before = z.read_weights.at[t]
     backward, onward = z.followed.at[t] if z.c.sharpened else z.ways.at[t][::2]
     if z.c.sparse_links:
         z.links[t + 1], _ = update_sparse_links(z.links[t], p.squeeze(1), w.squeeze(1))
         for out, v in zip((onward, backward), follow_sparse_links(z.links[t + 1], before)): out.copy_(v)
     else:
         _advance(z.links[t], p, w, z.write_column[t + 1], z.links[t + 1])
-        torch.bmm(before, z.links[t + 1], out=backward); torch.bmm(before, z.links[t + 1].mT, out=onward)
+        torch.bmm(before, z.links[t + 1], out=backward)
+        torch.bmm(before, z.links[t + 1].mT, out=onward)
     torch.addcmul(w, 1 - w.sum(-1, keepdim=True), p, out=z.precedence.at[t + 1])
     if not z.c.sharpened: return
     logs = z.followed.at[t].add_(SHARPEN_FLOOR).clamp_min_(1e-30).log_()
@@ -384,15 +494,19 @@ def _play(
 ) -> _Tape:
     "The forward pass."
     z = _Tape(layout, c, driven, keep)
-    z.begin(state); z.memory.at[0].copy_(state.memory.mT)
-    z.usage.at[0].copy_(state.usage); z.read_weights.at[0].copy_(state.read_weights)
+    z.begin(state)
+    z.memory.at[0].copy_(state.memory.mT)
+    z.usage.at[0].copy_(state.usage)
+    z.read_weights.at[0].copy_(state.read_weights)
     z.write_weights.at[0].copy_(state.write_weights.unsqueeze(1))
     if c.links: z.precedence.at[0].copy_(state.precedence.unsqueeze(1))
     if c.sparse_links: z.links[0] = state.links
     elif c.links: z.links[0].copy_(state.links)
     for t, now in enumerate(driven.unbind(0)):
-        z.control(t, now, recurrent.T, interface.T, bias); _activate(z, t)
-        _allocate(z, t); _write(z, t)
+        z.control(t, now, recurrent.T, interface.T, bias)
+        _activate(z, t)
+        _allocate(z, t)
+        _write(z, t)
         if c.links: _link(z, t)
         _read(z, t)
     return z
@@ -400,15 +514,32 @@ def _play(
 # %% ../../nbs/06_dnc.ipynb #8a86727d
 class _Rewind(Rewind):
     "What a backward pass needs: local slopes, room for gradients, and what flows from step to step."
-    def __init__(self, z: _Tape, d_out: Tensor, d_cell: Tensor | None, d_memory: Tensor, d_usage: Tensor, d_read: Tensor,
-                 d_write: Tensor, d_precedence: Tensor | None, d_links: Tensor | None, _: Any = None):
+    def __init__(
+        self,
+        z: _Tape,
+        d_out: Tensor,
+        d_cell: Tensor | None,
+        d_memory: Tensor,
+        d_usage: Tensor,
+        d_read: Tensor,
+        d_write: Tensor,
+        d_precedence: Tensor | None,
+        d_links: Tensor | None,
+        _: Any = None,
+    ):
         super().__init__(z, d_out, d_cell)
         self.p = Interface(*(None if v is None else list(v.unbind(0)) for v in z.layout.split(self.params.all)))
-        self.memory, self.usage, self.read_weights = d_memory.mT.contiguous().clone(), d_usage.clone(), d_read.clone()
-        self.write_weights, self.precedence, self.links = d_write.unsqueeze(1).clone(), None, None  # these flow backward
+        self.memory = d_memory.mT.contiguous().clone()
+        self.usage = d_usage.clone()
+        self.read_weights = d_read.clone()
+        self.write_weights = d_write.unsqueeze(1).clone()
+        self.precedence = None
+        self.links = None  # these flow backward
         if z.c.links and not z.c.sparse_links: _rewind_links(z, self, d_precedence, d_links)
-        self.room, self.erased = torch.empty_like(self.memory), torch.empty_like(self.memory)
-        self.others, self.slopes = _others(z.kept.all, z.retained.all).unbind(0), _param_slopes(z).unbind(0)
+        self.room = torch.empty_like(self.memory)
+        self.erased = torch.empty_like(self.memory)
+        self.others = _others(z.kept.all, z.retained.all).unbind(0)
+        self.slopes = _param_slopes(z).unbind(0)
         self.inverse = z.sorted.all.clamp_min(torch.finfo(d_out.dtype).tiny).reciprocal().unbind(0)
         self.open = ((1 - z.sorted.all) * z.product.all).unbind(0)
         self.difference = (z.allocated.all - z.writer.found.all).unbind(0)
@@ -416,7 +547,9 @@ class _Rewind(Rewind):
 # %% ../../nbs/06_dnc.ipynb #efa8247a
 def _rewind_links(z: _Tape, d: _Rewind, d_precedence: Tensor, d_links: Tensor) -> None:
     "Room to play a stretch of link matrices again."
-    d.precedence, d.links, d.spare = d_precedence.unsqueeze(1).clone(), d_links.clone(), torch.empty_like(d_links)
+    d.precedence = d_precedence.unsqueeze(1).clone()
+    d.links = d_links.clone()
+    d.spare = torch.empty_like(d_links)
     d.again = [torch.empty_like(d_links) for _ in range(min(z.stride, z.steps))]
 
 
@@ -438,44 +571,63 @@ def _replay(z: _Tape, d: _Rewind, end: int) -> None:
 # %% ../../nbs/06_dnc.ipynb #58abcc8d
 def _param_slopes(z: _Tape) -> Tensor:
     "Slopes of the interface at its values; read modes pass through their softmax in the loop."
-    y, slope = z.params.all, torch.ones_like(z.params.all)
-    (a, b), (c, d) = z.layout.sigmoid, z.layout.oneplus
+    y = z.params.all
+    slope = torch.ones_like(z.params.all)
+    a, b = z.layout.sigmoid
+    c, d = z.layout.oneplus
     slope[..., a:a + b] = y[..., a:a + b] * (1 - y[..., a:a + b])
     slope[..., c:c + d] = -torch.expm1(1 - y[..., c:c + d])
-    parts, values = z.layout.split(slope), z.layout.split(y)
+    parts = z.layout.split(slope)
+    values = z.layout.split(y)
     if z.c.masked: parts.masks.copy_((values.masks - MASK_FLOOR) * (1 - values.masks) / (1 - MASK_FLOOR))
-    parts.erase.neg_(); parts.free_gates.neg_()  # both are subtracted
+    parts.erase.neg_()
+    parts.free_gates.neg_()  # both are subtracted
     return slope
 
 # %% ../../nbs/06_dnc.ipynb #fbcbed83
 def _read_back(z: _Tape, d: _Rewind, t: int) -> Tensor | None:  # (3, b, r, n) gradient of the three ways
-    M, D, d_read, r = z.memory.at[t + 1], d.memory, d.reads[t + 1], z.c.read_heads
+    M = z.memory.at[t + 1]
+    D = d.memory
+    d_read = d.reads[t + 1]
+    r = z.c.read_heads
     d_weights = d.read_weights.baddbmm_(d_read, M)
     D.baddbmm_(d_read.mT, z.read_weights.at[t + 1])
-    ways, d_found = None, d_weights
+    ways = None
+    d_found = d_weights
     if z.c.links:
         d_modes = torch.mul(z.ways.at[t], d_weights, out=z.path).sum(-1).permute(1, 2, 0)
         d.p.modes[t].copy_(softmax_back(d_modes, z.p.modes[t]))
         ways = d_weights * z.modes[t]
         d_found = ways[1]
-    d_keys, d_strengths, d_masks = z.reader.backward(t, d_found, M, z.upright[t + 1], D, z.read_keys[t], z.read_masks[t])
-    d.p.keys[t][:, :r].copy_(d_keys); d.p.strengths[t][:, :r].copy_(d_strengths)
+    d_keys, d_strengths, d_masks = z.reader.backward(
+        t, d_found, M, z.upright[t + 1], D, z.read_keys[t], z.read_masks[t]
+    )
+    d.p.keys[t][:, :r].copy_(d_keys)
+    d.p.strengths[t][:, :r].copy_(d_strengths)
     if z.c.masked: d.p.masks[t][:, :r].copy_(d_masks)
     d.read_weights = None if z.c.links else torch.zeros_like(d_weights)
     return ways
 
 # %% ../../nbs/06_dnc.ipynb #bf6fa434
 def _link_back(z: _Tape, d: _Rewind, t: int, d_ways: Tensor) -> None:
-    d_backward, d_onward = d_ways[0], d_ways[2]
+    d_backward = d_ways[0]
+    d_onward = d_ways[2]
     if z.c.sharpened:
         d_sharp = softmax_back(d_ways[::2], z.ways.at[t][::2])
         logs = z.followed.at[t]
         d.p.sharpness[t].copy_((d_sharp * logs).sum(-1).transpose(0, 1))
         d_backward, d_onward = d_sharp.mul_(z.sharpness[t]).mul_(torch.exp(-logs))
-    if z.c.sparse_links: d.read_weights = _follow_back(z.links[t + 1], d_onward, d_backward); return
+    if z.c.sparse_links:
+        d.read_weights = _follow_back(z.links[t + 1], d_onward, d_backward)
+        return
     if (t + 1) % z.stride == 0 or t + 1 == z.steps: _replay(z, d, t + 1)
-    before, w, p, D, start = z.read_weights.at[t], z.write_weights.at[t + 1], z.precedence.at[t], d.links, t - t % z.stride
-    L, after = _link_at(z, d, t), d.again[t - start]
+    before = z.read_weights.at[t]
+    w = z.write_weights.at[t + 1]
+    p = z.precedence.at[t]
+    D = d.links
+    start = t - t % z.stride
+    L = _link_at(z, d, t)
+    after = d.again[t - start]
     d.read_weights = torch.bmm(d_onward, after).baddbmm_(d_backward, after.mT)
     D.baddbmm_(torch.cat([d_onward, before], 1).mT, torch.cat([before, d_backward], 1)).diagonal(0, 1, 2).zero_()
     lost = torch.mul(D, L, out=d.spare)
@@ -494,7 +646,11 @@ def _follow_back(links: SparseLinks, d_onward: Tensor, d_backward: Tensor) -> Te
 
 # %% ../../nbs/06_dnc.ipynb #c41defed
 def _write_back(z: _Tape, d: _Rewind, t: int) -> Tensor:  # (b, 1, n) gradient of the allocation
-    M, D, p, r, w = z.memory.at[t], d.memory, z.p, z.c.read_heads, z.write_weights.at[t + 1]
+    M = z.memory.at[t]
+    D = d.memory
+    p = z.p
+    r = z.c.read_heads
+    w = z.write_weights.at[t + 1]
     base = torch.mul(M, z.retained.at[t].unsqueeze(1), out=z.base) if z.c.dealloc else M
     d.p.write_vector[t].copy_(torch.bmm(w, D.mT))
     erased = torch.mul(D, base, out=d.erased)
@@ -508,13 +664,15 @@ def _write_back(z: _Tape, d: _Rewind, t: int) -> Tensor:  # (b, 1, n) gradient o
     d.p.allocation_gate[t].copy_((d_mixed * d.difference[t]).sum(-1, keepdim=True))
     d_allocated = d_mixed * p.allocation_gate[t]
     grads = z.writer.backward(t, d_mixed.sub_(d_allocated), M, z.upright[t], D, z.write_key[t], z.write_mask[t])
-    d.p.keys[t][:, r:].copy_(grads[0]); d.p.strengths[t][:, r:].copy_(grads[1])
+    d.p.keys[t][:, r:].copy_(grads[0])
+    d.p.strengths[t][:, r:].copy_(grads[1])
     if z.c.masked: d.p.masks[t][:, r:].copy_(grads[2])
     return d_allocated
 
 # %% ../../nbs/06_dnc.ipynb #4252e609
 def _allocate_back(z: _Tape, d: _Rewind, t: int, d_allocated: Tensor) -> None:
-    rising, order = z.sorted.at[t], z.order.at[t]
+    rising = z.sorted.at[t]
+    order = z.order.at[t]
     d_free = d_allocated.squeeze(1).gather(-1, order)
     later = torch.zeros_like(d_free)
     later[:, :-1] = (d_free * d.open[t])[:, 1:].flip(-1).cumsum(-1).flip(-1)
@@ -526,7 +684,8 @@ def _allocate_back(z: _Tape, d: _Rewind, t: int, d_allocated: Tensor) -> None:
     d_kept = d.others[t] * d_retained.unsqueeze(1)
     d.p.free_gates[t].copy_((d_kept * z.read_weights.at[t]).sum(-1, keepdim=True))
     d.read_weights.addcmul_(d_kept, z.p.free_gates[t], value=-1)
-    d_filled, written = d_usage.mul_(z.retained.at[t]), z.write_weights.at[t].squeeze(1)
+    d_filled = d_usage.mul_(z.retained.at[t])
+    written = z.write_weights.at[t].squeeze(1)
     d.write_weights = torch.addcmul(d_filled, d_filled, z.usage.at[t], value=-1).unsqueeze(1)
     d.usage = torch.addcmul(d_filled, d_filled, written, value=-1)
 
@@ -540,7 +699,17 @@ def _play_back(z: _Tape, recurrent: Tensor, interface: Tensor, *grads: Tensor) -
         _allocate_back(z, d, t, _write_back(z, d, t))
         d.control(z, t, recurrent, interface)
     before = None if d.precedence is None else d.precedence.squeeze(1)
-    state = d.hidden[0], d.cell, d.reads[0], d.memory.mT, d.usage, d.read_weights, d.write_weights.squeeze(1), before, d.links
+    state = (
+        d.hidden[0],
+        d.cell,
+        d.reads[0],
+        d.memory.mT,
+        d.usage,
+        d.read_weights,
+        d.write_weights.squeeze(1),
+        before,
+        d.links,
+    )
     return *d.gradients(z), *state, *[None] * bool(z.c.sparse_links)
 
 # %% ../../nbs/06_dnc.ipynb #8242c7b2
@@ -548,22 +717,34 @@ class _Sequence(torch.autograd.Function):
     "A whole sequence as one node of the graph. It can be differentiated once."
     @staticmethod
     def forward(ctx, layout, config, driven, recurrent, interface, bias, *flat):
-        keep, sparse = any(ctx.needs_input_grad), bool(config.sparse_links)
+        keep = any(ctx.needs_input_grad)
+        sparse = bool(config.sparse_links)
         state = DNCState(*flat[:8], SparseLinks(*flat[8:]) if sparse else flat[8])
         z = _play(layout, config, driven, recurrent, interface, bias, state, keep)
-        if keep: ctx.z = z; ctx.save_for_backward(recurrent, interface)
+        if keep:
+            ctx.z = z
+            ctx.save_for_backward(recurrent, interface)
         last = lambda buffer: buffer.at[-1].clone()
         row = lambda buffer: buffer.at[-1].squeeze(1).clone()
         links = z.links[-1] if sparse else (z.links[-1][:] if config.links else None,)
-        out = (z.out.all[1:], last(z.cells) if z.lstm else None, z.memory.at[-1].mT.clone(), last(z.usage), last(z.read_weights),
-               row(z.write_weights), row(z.precedence) if config.links else None, *links)
+        out = (
+            z.out.all[1:],
+            last(z.cells) if z.lstm else None,
+            z.memory.at[-1].mT.clone(),
+            last(z.usage),
+            last(z.read_weights),
+            row(z.write_weights),
+            row(z.precedence) if config.links else None,
+            *links,
+        )
         if sparse: ctx.mark_non_differentiable(*out[-3:])
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        with torch.autocast(grads[0].device.type, enabled=False): return None, None, *_play_back(ctx.z, *ctx.saved_tensors, *grads)
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return None, None, *_play_back(ctx.z, *ctx.saved_tensors, *grads)
 
 # %% ../../nbs/06_dnc.ipynb #8d6bbcaa
 class DNCTrace(NamedTuple):
@@ -584,14 +765,22 @@ def trace(
     model: DNC,
     x: Tensor,  # (b, t, d)
     state: DNCState | None = None,
-) -> tuple[Tensor, DNCState, DNCTrace]:  # what the model returns, and the record; dense links take b * t * n * n numbers
+) -> tuple[
+    Tensor, DNCState, DNCTrace
+]:  # what the model returns, and the record; dense links take b * t * n * n numbers
     "Run a machine step by step and keep all it did; no gradients."
-    cell, outs, states, said = model.cell, [], [], []
+    cell = model.cell
+    outs = []
+    states = []
+    said = []
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         driven, state = model._drive(x, state)
         for now in driven.unbind(0):
             out, state = cell.step(now, state)
             p = F.linear(state.hidden, cell.interface.weight.to(out.dtype), cell.interface.bias.to(out.dtype))
-            outs.append(out); states.append(state); said.append(cell.layout.activate(p))
-        y, seen = cell.output(torch.stack(outs, 1).to(cell.output.weight.dtype)), _stack(states)
+            outs.append(out)
+            states.append(state)
+            said.append(cell.layout.activate(p))
+        y = cell.output(torch.stack(outs, 1).to(cell.output.weight.dtype))
+        seen = _stack(states)
     return y, state, DNCTrace(seen, _stack(said), allocation(seen.usage).squeeze(-2))

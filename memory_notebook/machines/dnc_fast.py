@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dnc import DNC, DNCCell, DNCState
-from ..train import Run, benchmark, peak_mb, race
+from ..runs import Run, benchmark, peak_mb, race
 
 # %% ../../nbs/06a_dnc_fast.ipynb #bef2198f
 def _looped_write(p: Any, s: DNCState) -> tuple[Tensor, Tensor]:
@@ -26,32 +26,42 @@ def _looped_write(p: Any, s: DNCState) -> tuple[Tensor, Tensor]:
     before = torch.cat([torch.ones_like(rising[:, :1]), torch.cumprod(rising, -1)[:, :-1]], -1)
     allocated = torch.gather((1 - rising) * before, 1, torch.argsort(order, -1))
     similar = F.cosine_similarity(s.memory + 1e-16, p.keys[:, -1:] + 1e-16, dim=-1)
-    content, gate = torch.softmax(p.strengths[:, -1] * similar, -1), p.allocation_gate[:, 0]
+    content = torch.softmax(p.strengths[:, -1] * similar, -1)
+    gate = p.allocation_gate[:, 0]
     return usage, p.write_gate[:, 0] * (gate * allocated + (1 - gate) * content)
 
 
 class LoopedCell(DNCCell):
     "The same machine as it is commonly written, for benchmarks: head by head, every matrix in full."
     def step(self, driven: Tensor, state: DNCState) -> tuple[Tensor, DNCState]:
-        s, n = state, self.config.memory_size
-        o, i, f, g = (driven + F.linear(torch.cat([s.hidden, *s.reads.unbind(1)], -1), self.recurrent.weight)).chunk(4, -1)
+        s = state
+        n = self.config.memory_size
+        o, i, f, g = (driven + F.linear(torch.cat([s.hidden, *s.reads.unbind(1)], -1), self.recurrent.weight)).chunk(
+            4, -1
+        )
         cell = torch.sigmoid(f) * s.cell + torch.sigmoid(i) * torch.tanh(g)
         hidden = torch.sigmoid(o) * torch.tanh(cell)
         p = self.layout.activate(self.interface(hidden))
         usage, w = _looped_write(p, s)
         memory = s.memory * (1 - w.unsqueeze(-1) * p.erase) + w.unsqueeze(-1) * p.write_vector
-        row, column = w.unsqueeze(-1).expand(-1, n, n), w.unsqueeze(1).expand(-1, n, n)
+        row = w.unsqueeze(-1).expand(-1, n, n)
+        column = w.unsqueeze(1).expand(-1, n, n)
         links = ((1 - row - column) * s.links + row * s.precedence.unsqueeze(1)) * (1 - torch.eye(n, device=w.device))
         precedence = (1 - w.sum(1, keepdim=True)) * s.precedence + w
-        addresses, fetched = [], []
+        addresses = []
+        fetched = []
         for j in range(self.config.read_heads):
             similar = F.cosine_similarity(memory + 1e-16, p.keys[:, j:j + 1] + 1e-16, dim=-1)
-            content, before = torch.softmax(p.strengths[:, j] * similar, -1), s.read_weights[:, j].unsqueeze(-1)
-            onward, backward = torch.matmul(links, before).squeeze(-1), torch.matmul(links.transpose(1, 2), before).squeeze(-1)
+            content = torch.softmax(p.strengths[:, j] * similar, -1)
+            before = s.read_weights[:, j].unsqueeze(-1)
+            onward = torch.matmul(links, before).squeeze(-1)
+            backward = torch.matmul(links.transpose(1, 2), before).squeeze(-1)
             mode = p.modes[:, j]
             addresses.append(mode[:, :1] * backward + mode[:, 1:2] * content + mode[:, 2:] * onward)
             fetched.append(torch.matmul(addresses[j].unsqueeze(1), memory).squeeze(1))
-        new = DNCState(hidden, cell, torch.stack(fetched, 1), memory, usage, torch.stack(addresses, 1), w, precedence, links)
+        new = DNCState(
+            hidden, cell, torch.stack(fetched, 1), memory, usage, torch.stack(addresses, 1), w, precedence, links
+        )
         return torch.cat([hidden, *fetched], -1), new
 
 # %% ../../nbs/06a_dnc_fast.ipynb #fe92f7ab
@@ -61,26 +71,44 @@ _SIZE = {"hidden_size": 128, "memory_dim": 32, "output_size": 8, "read_heads": 4
 def _peer(n: int) -> nn.Module:
     "The `dnc` package's machine of the same size."
     from dnc import DNC as Peer
-    return Peer(input_size=9, hidden_size=_SIZE["hidden_size"], rnn_type="lstm", num_layers=1, num_hidden_layers=1, nr_cells=n,
-                cell_size=_SIZE["memory_dim"], read_heads=_SIZE["read_heads"], batch_first=True, gpu_id=-1)
+    return Peer(
+        input_size=9,
+        hidden_size=_SIZE["hidden_size"],
+        rnn_type="lstm",
+        num_layers=1,
+        num_hidden_layers=1,
+        nr_cells=n,
+        cell_size=_SIZE["memory_dim"],
+        read_heads=_SIZE["read_heads"],
+        batch_first=True,
+        gpu_id=-1,
+    )
 
 
 def _contestant(kind: str, n: int, batch: int, steps: int) -> Any:  # a function that runs forward and backward once
     "Fused, steps, compiled, sparse, looped or dnc; all but sparse and dnc with the same weights and the same loss."
     torch.manual_seed(0)
-    x, target = (torch.rand(batch, steps, 9) > .5).float(), (torch.rand(batch, steps, 8) > .5).float()
+    x = (torch.rand(batch, steps, 9) > .5).float()
+    target = (torch.rand(batch, steps, 8) > .5).float()
     if kind == "dnc":
-        machine, project = _peer(n), nn.Linear(9, 8)  # its output is as wide as its input
+        machine = _peer(n)
+        project = nn.Linear(9, 8)  # its output is as wide as its input
         model = lambda x, state: (project(machine(x, (None, None, None), reset_experience=True)[0]), None)
-        state, clear = None, machine.zero_grad
+        state = None
+        clear = machine.zero_grad
     else:
         model = DNC(9, memory_size=n, fused=kind in ("fused", "sparse"), compile=kind == "compiled",
                     sparse_links=8 if kind == "sparse" else None, **_SIZE)
-        if kind == "looped": weights = model.state_dict(); model.cell = LoopedCell(model.config); model.load_state_dict(weights)
-        state, clear = model.init_state(batch), model.zero_grad
+        if kind == "looped":
+            weights = model.state_dict()
+            model.cell = LoopedCell(model.config)
+            model.load_state_dict(weights)
+        state = model.init_state(batch)
+        clear = model.zero_grad
     def run() -> float:
         clear()
-        loss = F.binary_cross_entropy_with_logits(model(x, state)[0], target); loss.backward()
+        loss = F.binary_cross_entropy_with_logits(model(x, state)[0], target)
+        loss.backward()
         return loss.item()
     return run
 
@@ -99,26 +127,31 @@ def _growth(sizes: tuple[int, ...], steps: int, turns: int, memory: bool) -> dic
     return out
 
 # %% ../../nbs/06a_dnc_fast.ipynb #2b45747e
-@benchmark("dnc", help="a Differentiable Neural Computer forward and backward: by hand, autograd, as commonly written; sparse links")
+@benchmark("dnc", help="a Differentiable Neural Computer forward and backward: by hand, autograd, as commonly "
+                       "written; sparse links")
 def bench_dnc(run: Run, *,
     slots: tuple[int, ...] = (64, 256),
     batches: tuple[int, ...] = (1, 16, 32),
     steps: int = 40,
     turns: int = 9,  # medians over so many
-    growth: tuple[int, ...] = (256, 512, 1024, 2048, 4096),  # slots, for dense against sparse links; one sequence of 10 steps
+    # slots, for dense against sparse links; one sequence of 10 steps
+    growth: tuple[int, ...] = (256, 512, 1024, 2048, 4096),
     compiled: bool = False,  # a further column: each step compiled (minutes to compile)
     looped: bool = True,  # the machine as commonly written, from this book
     memory: bool = True,  # measure peak memory in fresh processes
 ) -> dict:
     "Milliseconds, sequences a second, megabytes, and how many times faster than the package `dnc` or the common way."
     common = "dnc" if importlib.util.find_spec("dnc") else "looped"
-    kinds, out = ["fused", "steps", *["compiled"] * compiled, *dict.fromkeys([common, *["looped"] * looped])], {}
+    kinds = ["fused", "steps", *["compiled"] * compiled, *dict.fromkeys([common, *["looped"] * looped])]
+    out = {}
     for n, b in [(n, b) for n in slots for b in batches]:
         runs = {k: _contestant(k, n, b, steps) for k in kinds}
         losses = {k: f() for k, f in runs.items()}  # also the warm-up
-        ours = [v for k, v in losses.items() if k != "dnc"]  # dnc is another machine: its reads never reach the controller
+        # dnc is another machine: its reads never reach the controller
+        ours = [v for k, v in losses.items() if k != "dnc"]
         if max(ours) - min(ours) > 1e-4: raise RuntimeError(f"the contestants disagree: losses {losses}")
-        at, seconds = f"n{n}_b{b}", race(runs, turns)
+        at = f"n{n}_b{b}"
+        seconds = race(runs, turns)
         for k, s in seconds.items(): out |= {f"{k}.ms_{at}": 1000 * s, f"{k}.seq_s_{at}": b / s}
         if memory: out |= {f"{k}.mb_{at}": peak_mb("dnc_bench", (k, 16, 1, 2), (k, n, b, steps)) for k in kinds}
         for k in kinds:

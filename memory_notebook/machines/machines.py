@@ -25,10 +25,11 @@ from ..core import set_seed
 from .ntm import NTM, NTMCell, NTMState
 from ..practice import examine, train_sequence
 from ..tasks import bits_per_sequence, get_task, optimal_ngram
-from ..train import History, Run, benchmark, experiment, over_seeds, peak_mb, race
+from ..runs import Run, benchmark, experiment, over_seeds, peak_mb, race
+from ..train import History
 
 # %% ../../nbs/06b_machines.ipynb #86465e55
-MACHINES = {"ntm": ("ntm", "NTM"), "dnc": ("dnc", "DNC"), "lstm": ("practice", "LSTM")}  # name -> module, class
+MACHINES = {"ntm": ("machines.ntm", "NTM"), "dnc": ("machines.dnc", "DNC"), "lstm": ("practice", "LSTM")}  # name -> module, class
 
 
 def make_machine(
@@ -40,7 +41,7 @@ def make_machine(
     kind = name.split("-")[0]
     if kind not in MACHINES: raise ValueError(f"no machine is called {name!r}: choose from {', '.join(MACHINES)}")
     module, cls = MACHINES[kind]
-    return getattr(import_module(f"memory_notebook.machines.{module}"), cls)(d_in, output_size=d_out, **options)
+    return getattr(import_module(f"memory_notebook.{module}"), cls)(d_in, output_size=d_out, **options)
 
 # %% ../../nbs/06b_machines.ipynb #d6b3df74
 @dataclass
@@ -56,14 +57,23 @@ class Setting:
     exams: dict[str, dict] = field(default_factory=dict)  # beyond the task's own: name -> size and further arguments
 
 
-def _machines(practice: int | None = None, slots: int = 128, heads: int = 1, init: str = "tape", dim: int = 20, ff: bool = False) -> dict[str, dict]:
+def _machines(
+    practice: int | None = None, slots: int = 128, heads: int = 1, init: str = "tape", dim: int = 20, ff: bool = False
+) -> dict[str, dict]:
     "The three machines with a memory of the same size; `ff` adds two whose controller remembers nothing."
-    both = {"memory_size": slots, "memory_dim": dim, "read_heads": heads, "practice": practice, "hidden_size": 100 if heads == 1 else 200}
+    both = {
+        "memory_size": slots,
+        "memory_dim": dim,
+        "read_heads": heads,
+        "practice": practice,
+        "hidden_size": 100 if heads == 1 else 200,
+    }
     machines = {"ntm": both | {"write_heads": heads, "init": init}, "dnc": both, "lstm": {"hidden_size": 256}}
     return machines | {f"{k}-ff": machines[k] | {"controller": "feedforward"} for k in ("ntm", "dnc") if ff}
 
 # %% ../../nbs/06b_machines.ipynb #4e29dd5c
-_copy, _walk = _machines(practice=24), _machines(slots=24, init="plain", dim=32, ff=True)
+_copy = _machines(practice=24)
+_walk = _machines(slots=24, init="plain", dim=32, ff=True)
 SETTINGS = {
     "copy": Setting(60_000, _copy | {f"{k}-full": _copy[k] | {"practice": None} for k in ("ntm", "dnc")}),
     "repeat-copy": Setting(40_000, _machines(), batch_size=4, lr=5e-4, exams={"long": {"size": 10, "length": 20}}),
@@ -77,19 +87,32 @@ SETTINGS = {
 # %% ../../nbs/06b_machines.ipynb #091f2171
 def milestones(history: History, points: int = 20) -> dict[str, float]:
     "When the cost first fell below 1, 0.1 and 0.01 bits per sequence, the worst epoch soon after, and the mean cost of each stretch."
-    bits, seen, every = history["bits"], history["sequences"], math.ceil(len(history["bits"]) / points)
+    bits = history["bits"]
+    seen = history["sequences"]
+    every = math.ceil(len(history["bits"]) / points)
     first = lambda level: next((s for b, s in zip(bits, seen) if b < level), -1)
     start = first(0.1)
     after = [b for b, s in zip(bits, seen) if start <= s <= start + 5000] if start > 0 else [-1.0]
     parts = [slice(i, i + every) for i in range(0, len(bits), every)]
     curve = {f"bits_after_{seen[p][-1]}": statistics.fmean(bits[p]) for p in parts}
-    return {"to_1_bit": first(1), "to_tenth_bit": first(0.1), "to_hundredth_bit": first(0.01), "worst_after": max(after)} | curve
+    return {
+        "to_1_bit": first(1),
+        "to_tenth_bit": first(0.1),
+        "to_hundredth_bit": first(0.01),
+        "worst_after": max(after),
+    } | curve
 
 # %% ../../nbs/06b_machines.ipynb #fa8b682b
 @torch.no_grad()
-def fresh_bits(model: nn.Module, name: str, sequences: int = 256, seed: int = 20_000, **options: Any) -> dict[str, float]:
+def fresh_bits(
+    model: nn.Module, name: str, sequences: int = 256, seed: int = 20_000, **options: Any
+) -> dict[str, float]:
     "Cost on fresh sequences of the practised sizes; for the n-grams also how far from the best possible."
-    batch = get_task(name).sample(sequences, generator=torch.Generator().manual_seed(seed), **options).to(next(model.parameters()).device)
+    batch = (
+        get_task(name)
+        .sample(sequences, generator=torch.Generator().manual_seed(seed), **options)
+        .to(next(model.parameters()).device)
+    )
     bits = bits_per_sequence(model.eval()(batch.x)[0], batch).mean().item()
     if name != "ngram": return {"bits": bits}
     best = optimal_ngram(batch)
@@ -107,15 +130,34 @@ def practise(
     device: str,
 ) -> dict[str, float]:
     "One machine, one task, one seed: train, then examine."
-    task, setting = get_task(name), SETTINGS[name]; options = dict(setting.machines[kind])
-    slots, whole = options.pop("practice", None), options.get("memory_size")
-    set_seed(seed); model = make_machine(kind, task.d_in, task.d_out, **options)
+    task = get_task(name)
+    setting = SETTINGS[name]
+    options = dict(setting.machines[kind])
+    slots = options.pop("practice", None)
+    whole = options.get("memory_size")
+    set_seed(seed)
+    model = make_machine(kind, task.d_in, task.d_out, **options)
     if slots: model.config.memory_size = slots
     start = time.process_time()
-    history = train_sequence(model, task, sequences=sequences, batch_size=batch_size, lr=lr, decay=setting.decay, decay_below=setting.decay_below,
-                             seed=seed, device=device, checkpoint=run.checkpoint(f"{kind}-seed{seed}"), **setting.task)
+    history = train_sequence(
+        model,
+        task,
+        sequences=sequences,
+        batch_size=batch_size,
+        lr=lr,
+        decay=setting.decay,
+        decay_below=setting.decay_below,
+        seed=seed,
+        device=device,
+        checkpoint=run.checkpoint(f"{kind}-seed{seed}"),
+        **setting.task,
+    )
     if slots: model.config.memory_size = whole
-    row = fresh_bits(model, name, **setting.task) | milestones(history) | {"sequences": history["sequences"][-1], "cpu_s": time.process_time() - start}
+    row = (
+        fresh_bits(model, name, **setting.task)
+        | milestones(history)
+        | {"sequences": history["sequences"][-1], "cpu_s": time.process_time() - start}
+    )
     exams = {str(n): {"size": n} | setting.task for n in task.test} | setting.exams
     for label, exam in exams.items():
         score = examine(model, task, (exam["size"],), **{k: v for k, v in exam.items() if k != "size"})[exam["size"]]
@@ -135,18 +177,27 @@ def show_results(
     "Left, cost against sequences; right, wrong bits against the size of the examination."
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
-    fig = Figure(figsize=(6.5, 2.7), dpi=90, layout="constrained"); a, b = fig.subplots(1, 2, width_ratios=(3, 2))
+    fig = Figure(figsize=(6.5, 2.7), dpi=90, layout="constrained")
+    a, b = fig.subplots(1, 2, width_ratios=(3, 2))
     for kind in dict.fromkeys(k.split(".")[0] for k in metrics):
         column = lambda prefix: {int(k.rsplit("_", 1)[1]): m["values"] for k, m in metrics.items()
                                  if k.startswith(f"{kind}.{prefix}") and k.rsplit("_", 1)[1].isdigit()}
-        curve, exam, colour = column("bits_after_"), column("bit_error_at_"), COLOURS.get(kind, "k")
+        curve = column("bits_after_")
+        exam = column("bit_error_at_")
+        colour = COLOURS.get(kind, "k")
         for i, seed in enumerate(zip(*curve.values())):
             a.semilogy(list(curve), [max(v, 1e-4) for v in seed], color=colour, lw=1, label=None if i else kind)
         b.plot(list(exam), [100 * statistics.median(v) for v in exam.values()], "o-", color=colour)
         for n, v in exam.items(): b.plot([n] * len(v), [100 * e for e in v], ".", color=colour, ms=3)
-    a.set(xlabel="sequences", ylabel="cost (bits per sequence)", title=title); a.legend(frameon=False, fontsize=8); a.xaxis.set_major_locator(MaxNLocator(5))
+    a.set(xlabel="sequences", ylabel="cost (bits per sequence)", title=title)
+    a.legend(frameon=False, fontsize=8)
+    a.xaxis.set_major_locator(MaxNLocator(5))
     b.set(xlabel=f"{size} in the examination", ylabel="wrong bits (%), median, seeds", ylim=(-1, None))
-    for ax in (a, b): ax.title.set_size(9); ax.tick_params(labelsize=8); ax.xaxis.label.set_size(8); ax.yaxis.label.set_size(8)
+    for ax in (a, b):
+        ax.title.set_size(9)
+        ax.tick_params(labelsize=8)
+        ax.xaxis.label.set_size(8)
+        ax.yaxis.label.set_size(8)
     return fig
 
 # %% ../../nbs/06b_machines.ipynb #39f2b8c0
@@ -157,14 +208,27 @@ def results_table(
     "Medians over the seeds: sequences to each mark, cost on practised sizes, wrong bits in an examination, processor time."
     sizes = [k.rsplit("_", 1)[1] for k in metrics if ".bit_error_at_" in k]
     hardest = hardest or max((s for s in sizes if s.isdigit()), key=int)
-    rows = [f"| machine | seeds | to 1 bit | to 0.1 | to 0.01 | cost, bits | worst after 0.1 | wrong bits at {hardest}, %, each seed | CPU s |",
-            "|---" * 9 + "|"]
+    rows = [
+        f"| machine | seeds | to 1 bit | to 0.1 | to 0.01 | cost, bits | worst after 0.1 | wrong bits at {hardest}, "
+        "%, each seed | CPU s |",
+        "|---" * 9 + "|",
+    ]
     number = lambda v, form: "–" if v in (-1, math.inf) else f"{v:{form}}"
     for kind in dict.fromkeys(k.split(".")[0] for k in metrics):
         v = lambda name: metrics[f"{kind}.{name}"]["values"]
-        marks = [number(statistics.median(x if x > 0 else math.inf for x in v(m)), ",.0f") for m in ("to_1_bit", "to_tenth_bit", "to_hundredth_bit")]
-        cells = [kind, str(len(v("bits"))), *marks, f"{statistics.median(v('bits')):.3g}", number(max(v("worst_after")), ".2g"),
-                 ", ".join(f"{100 * x:.2g}" for x in v(f"bit_error_at_{hardest}")), f"{statistics.median(v('cpu_s')):.0f}"]
+        marks = [
+            number(statistics.median(x if x > 0 else math.inf for x in v(m)), ",.0f")
+            for m in ("to_1_bit", "to_tenth_bit", "to_hundredth_bit")
+        ]
+        cells = [
+            kind,
+            str(len(v("bits"))),
+            *marks,
+            f"{statistics.median(v('bits')):.3g}",
+            number(max(v("worst_after")), ".2g"),
+            ", ".join(f"{100 * x:.2g}" for x in v(f"bit_error_at_{hardest}")),
+            f"{statistics.median(v('cpu_s')):.0f}",
+        ]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
@@ -180,10 +244,14 @@ def _register(name: str, help: str):
         device: str = "auto",
     ) -> dict:
         "Train machines and examine them: `<machine>.bits`, `.bits_at_<size>`, `.bit_error_at_<size>`, `.sequences`, `.cpu_s`."
-        setting, out = SETTINGS[name], {}
+        setting = SETTINGS[name]
+        out = {}
         kinds = list(setting.machines) if "all" in model else model
         for kind in kinds:
-            if kind not in setting.machines: raise ValueError(f"no machine for this task is called {kind!r}: choose from {', '.join(setting.machines)}")
+            if kind not in setting.machines:
+                raise ValueError(
+                    f"no machine for this task is called {kind!r}: choose from {', '.join(setting.machines)}"
+                )
         how = sequences or setting.sequences, batch_size or setting.batch_size, lr or setting.lr, device
         for kind in kinds:
             rows = [run.unit(f"{kind}-seed{s}", lambda: practise(run, name, kind, s, *how)) for s in range(seeds)]
@@ -209,23 +277,35 @@ class LoopedCell(NTMCell):
         o, i, f, g = (driven + F.linear(torch.cat([hidden, *reads.unbind(1)], -1), self.recurrent.weight)).chunk(4, -1)
         cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
         hidden = torch.sigmoid(o) * torch.tanh(cell)
-        weight, bias, r = self.layout.split(self.interface.weight.T), self.layout.split(self.interface.bias), self.config.read_heads
+        weight = self.layout.split(self.interface.weight.T)
+        bias = self.layout.split(self.interface.bias)
+        r = self.config.read_heads
         emit = lambda name, j: hidden @ getattr(weight, name)[:, j] + getattr(bias, name)[j]
-        addresses, fetched, bound = [], [], torch.tanh if self.config.bounded else lambda v: v
+        addresses = []
+        fetched = []
+        bound = torch.tanh if self.config.bounded else lambda v: v
         for j in range(self.layout.heads):
-            key, strength = bound(emit("keys", j)).unsqueeze(1), F.softplus(emit("strengths", j))
+            key = bound(emit("keys", j)).unsqueeze(1)
+            strength = F.softplus(emit("strengths", j))
             content = torch.softmax(strength * F.cosine_similarity(memory + 1e-16, key + 1e-16, dim=-1), 1)
-            gate, kernel = torch.sigmoid(emit("gates", j)), torch.softmax(emit("shifts", j), 1)
-            blended, s = gate * content + (1 - gate) * weights[:, j], self.config.max_shift
+            gate = torch.sigmoid(emit("gates", j))
+            kernel = torch.softmax(emit("shifts", j), 1)
+            blended = gate * content + (1 - gate) * weights[:, j]
+            s = self.config.max_shift
             around = [torch.cat([w[-s:], w, w[:s]]) for w in blended]
             moved = torch.stack([F.conv1d(w.view(1, 1, -1), k.view(1, 1, -1)).view(-1) for w, k in zip(around, kernel)])
             power = moved ** (1 + F.softplus(emit("gammas", j)))
             addresses.append(power / (power.sum(1, keepdim=True) + 1e-16))
-            if j < r: fetched.append(torch.matmul(addresses[j].unsqueeze(1), memory).squeeze(1)); continue
-            erase, add = torch.sigmoid(emit("erases", j - r)), bound(emit("adds", j - r))
+            if j < r:
+                fetched.append(torch.matmul(addresses[j].unsqueeze(1), memory).squeeze(1))
+                continue
+            erase = torch.sigmoid(emit("erases", j - r))
+            add = bound(emit("adds", j - r))
             outer = lambda v: torch.matmul(addresses[j].unsqueeze(-1), v.unsqueeze(1))
             memory = memory * (1 - outer(erase)) + outer(add)
-        return torch.cat([hidden, *fetched], -1), NTMState(hidden, cell, torch.stack(fetched, 1), memory, torch.stack(addresses, 1))
+        return torch.cat([hidden, *fetched], -1), NTMState(
+            hidden, cell, torch.stack(fetched, 1), memory, torch.stack(addresses, 1)
+        )
 
 # %% ../../nbs/06b_machines.ipynb #5b386604
 class _PytorchNTM(nn.Module):
@@ -235,12 +315,16 @@ class _PytorchNTM(nn.Module):
         from ntm.aio import EncapsulatedNTM
         c = cell.config
         self.machine = EncapsulatedNTM(c.input_size, c.output_size, c.hidden_size, 1, 1, c.memory_size, c.memory_dim)
-        lstm, (reader, writer), p, split = self.machine.ntm.controller.lstm, self.machine.ntm.heads, cell.layout, c.hidden_size
+        lstm = self.machine.ntm.controller.lstm
+        reader, writer = self.machine.ntm.heads
+        p = cell.layout
+        split = c.hidden_size
         reorder = lambda v: torch.cat([v.chunk(4)[i] for i in (1, 2, 3, 0)])
         with torch.no_grad():
             lstm.weight_ih_l0.copy_(reorder(torch.cat([cell.input.weight, cell.recurrent.weight[:, split:]], 1)))
             lstm.bias_ih_l0.copy_(reorder(cell.input.bias))
-            lstm.weight_hh_l0.copy_(reorder(cell.recurrent.weight[:, :split])); lstm.bias_hh_l0.zero_()
+            lstm.weight_hh_l0.copy_(reorder(cell.recurrent.weight[:, :split]))
+            lstm.bias_hh_l0.zero_()
             for kind in ("weight", "bias"):
                 v = p.split(getattr(cell.interface, kind).T)
                 at = lambda j: [u[..., j, :] for u in (v.keys, v.strengths, v.gates, v.shifts, v.gammas)]
@@ -251,7 +335,8 @@ class _PytorchNTM(nn.Module):
     def forward(self, x: Tensor, state: NTMState) -> tuple[Tensor, None]:
         "Probabilities (b, t, d_out), from one of our states."
         m = self.machine
-        m.init_sequence(len(x)); m.memory.memory = state.memory
+        m.init_sequence(len(x))
+        m.memory.memory = state.memory
         m.previous_state = [*state.reads.unbind(1)], (state.hidden[None], state.cell[None]), [*state.weights.unbind(1)]
         return torch.stack([m(now)[0] for now in x.unbind(1)], 1), None
 
@@ -259,20 +344,26 @@ class _PytorchNTM(nn.Module):
 def _contestant(kind: str, batch: int, length: int) -> Any:  # a function that runs forward and backward once
     "Fused, steps, compiled, looped or pytorch_ntm, all with the same weights and on the same string."
     torch.manual_seed(0)
-    x = (torch.rand(batch, 2 * length + 1, 9) > 0.5).float(); target = x[:, :length, :8]
+    x = (torch.rand(batch, 2 * length + 1, 9) > 0.5).float()
+    target = x[:, :length, :8]
     model = NTM(9, output_size=8, bounded=False, init="plain", fused=kind == "fused", compile=kind == "compiled")
     state = model.init_state(batch)
-    if kind == "looped": weights = model.state_dict(); model.cell = LoopedCell(model.config); model.load_state_dict(weights)
+    if kind == "looped":
+        weights = model.state_dict()
+        model.cell = LoopedCell(model.config)
+        model.load_state_dict(weights)
     if kind == "pytorch_ntm": model = _PytorchNTM(model.cell)
     loss_fn = F.binary_cross_entropy if kind == "pytorch_ntm" else F.binary_cross_entropy_with_logits
     def run() -> float:
         model.zero_grad()
-        loss = loss_fn(model(x, state)[0][:, length + 1:], target); loss.backward()
+        loss = loss_fn(model(x, state)[0][:, length + 1:], target)
+        loss.backward()
         return loss.item()
     return run
 
 # %% ../../nbs/06b_machines.ipynb #d6b6440e
-@benchmark("ntm", help="a Neural Turing Machine forward and backward: by hand, through autograd, and as it is commonly written")
+@benchmark("ntm", help="a Neural Turing Machine forward and backward: by hand, through autograd, and as it is "
+                       "commonly written")
 def bench_ntm(run: Run, *,
     length: int = 20,  # vectors to copy; a string takes twice as many steps and one
     batches: tuple[int, ...] = (1, 32),
@@ -282,15 +373,20 @@ def bench_ntm(run: Run, *,
 ) -> dict:
     "Milliseconds, sequences a second, megabytes, and how many times faster than the common way."
     common = "pytorch_ntm" if importlib.util.find_spec("ntm") else "looped"
-    kinds, out = ["fused", "steps", *["compiled"] * compiled, *dict.fromkeys([common, "looped"])], {}
+    kinds = ["fused", "steps", *["compiled"] * compiled, *dict.fromkeys([common, "looped"])]
+    out = {}
     for b in batches:
         runs = {k: _contestant(k, b, length) for k in kinds}
         losses = [f() for f in runs.values()]  # also the warm-up
-        if max(losses) - min(losses) > 1e-4: raise RuntimeError(f"the contestants disagree: losses {dict(zip(kinds, losses))}")
+        if max(losses) - min(losses) > 1e-4:
+            raise RuntimeError(f"the contestants disagree: losses {dict(zip(kinds, losses))}")
         seconds = race(runs, turns)
         for k, s in seconds.items(): out |= {f"{k}.ms_b{b}": 1000 * s, f"{k}.seq_s_b{b}": b / s}
         if memory: out |= {f"{k}.mb_b{b}": peak_mb("machines", (k, 1, 1), (k, b, length)) for k in kinds}
-        out |= {f"ntm.speedup_b{b}": seconds[common] / seconds["fused"], f"ntm.steps_speedup_b{b}": seconds[common] / seconds["steps"]}
+        out |= {
+            f"ntm.speedup_b{b}": seconds[common] / seconds["fused"],
+            f"ntm.steps_speedup_b{b}": seconds[common] / seconds["steps"],
+        }
         if compiled: out[f"ntm.compiled_speedup_b{b}"] = seconds[common] / seconds["compiled"]
         run.log(f"batch {b}: {out[f'ntm.speedup_b{b}']:.1f} times faster than {common}")
     return out

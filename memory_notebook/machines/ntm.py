@@ -35,20 +35,30 @@ class NTMConfig:
     max_shift: int = 1  # slots a head can move in a step, either way
     controller: Literal["lstm", "feedforward"] = "lstm"
     addressing: Literal["hybrid", "content", "location"] = "hybrid"  # content: eqs. 5-6 only; location: eqs. 8-9 only
-    init: Literal["tape", "plain"] = "tape"  # tape: heads begin on slot 0, the write head walks on; plain: spread over all slots
+    # tape: heads begin on slot 0, the write head walks on; plain: spread over all slots
+    init: Literal["tape", "plain"] = "tape"
     bounded: bool = True  # tanh on keys and add vectors
     fused: bool = True  # the pass written by hand; False: step by step through autograd
     compile: bool = False  # step by step, each step compiled
 
     def __post_init__(self):
         if self.output_size is None: self.output_size = self.input_size
-        for name in ("input_size", "hidden_size", "memory_size", "memory_dim", "output_size", "read_heads", "write_heads"):
+        for name in (
+            "input_size",
+            "hidden_size",
+            "memory_size",
+            "memory_dim",
+            "output_size",
+            "read_heads",
+            "write_heads",
+        ):
             if getattr(self, name) < 1: raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
         if not 0 <= 2 * self.max_shift < self.memory_size:
             raise ValueError(f"max_shift is {self.max_shift}: expected at least 0, and 2 * max_shift + 1 moves "
                              f"for at most {self.memory_size} slots")
         for name, known in CHOICES.items():
-            if getattr(self, name) not in known: raise ValueError(f"{name} is {getattr(self, name)!r}: choose from {', '.join(known)}")
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: choose from {', '.join(known)}")
 
 # %% ../../nbs/05_ntm.ipynb #45016a78
 class HeadParams(NamedTuple):
@@ -65,25 +75,47 @@ class HeadParams(NamedTuple):
 class HeadLayout:
     "Where each head parameter lies in the vector that the controller emits."
     def __init__(self, c: NTMConfig):
-        heads, w, k = c.read_heads + c.write_heads, c.memory_dim, 2 * c.max_shift + 1
-        self.content, self.location = c.addressing != "location", c.addressing != "content"
-        self.heads, self.read_heads, self.write_heads, self.width, self.moves = heads, c.read_heads, c.write_heads, w, k
+        heads = c.read_heads + c.write_heads
+        w = c.memory_dim
+        k = 2 * c.max_shift + 1
+        self.content = c.addressing != "location"
+        self.location = c.addressing != "content"
+        self.heads = heads
+        self.read_heads = c.read_heads
+        self.write_heads = c.write_heads
+        self.width = w
+        self.moves = k
         self.bounded = c.bounded
-        addressed, moved, both = heads * self.content, heads * self.location, heads * (self.content and self.location)
-        self.shapes = [(addressed, w), (c.write_heads, w), (c.write_heads, w), (both, 1), (addressed, 1), (moved, 1), (moved, k)]
+        addressed = heads * self.content
+        moved = heads * self.location
+        both = heads * (self.content and self.location)
+        self.shapes = [
+            (addressed, w),
+            (c.write_heads, w),
+            (c.write_heads, w),
+            (both, 1),
+            (addressed, 1),
+            (moved, 1),
+            (moved, k),
+        ]
         self.sizes = [a * b for a, b in self.shapes]
         ends = torch.tensor([0, *self.sizes]).cumsum(0).tolist()
-        self.tanh, self.sigmoid = (0, ends[2]), (ends[2], ends[4] - ends[2])  # start and length of equal activations
+        self.tanh = (0, ends[2])
+        self.sigmoid = (ends[2], ends[4] - ends[2])  # start and length of equal activations
         self.softplus = ends[4], ends[6] - ends[4]
 
     def split(self, vector: Tensor) -> HeadParams:
         "Views of the parts of a vector (..., sum of sizes)."
-        return HeadParams(*(v.unflatten(-1, s) if s[0] else None for v, s in zip(vector.split(self.sizes, -1), self.shapes)))
+        return HeadParams(
+            *(v.unflatten(-1, s) if s[0] else None for v, s in zip(vector.split(self.sizes, -1), self.shapes))
+        )
 
     def activate(self, vector: Tensor) -> HeadParams:
         "Bring every parameter into its range."
         bound = torch.tanh if self.bounded else lambda v: v
-        ranges = HeadParams(bound, bound, torch.sigmoid, torch.sigmoid, F.softplus, lambda v: 1 + F.softplus(v), lambda v: v.softmax(-1))
+        ranges = HeadParams(
+            bound, bound, torch.sigmoid, torch.sigmoid, F.softplus, lambda v: 1 + F.softplus(v), lambda v: v.softmax(-1)
+        )
         return HeadParams(*(f(v) if v is not None else None for f, v in zip(ranges, self.split(vector))))
 
 # %% ../../nbs/05_ntm.ipynb #4531c349
@@ -119,26 +151,35 @@ class NTMCell(MachineCell):
     def reset_parameters(self) -> None:
         "Glorot weights, biases near zero; with `init='tape'` heads that keep their place, and write heads that walk on."
         for layer in (self.input, self.recurrent, self.output): nn.init.xavier_uniform_(layer.weight)
-        nn.init.xavier_uniform_(self.interface.weight, gain=1.4); nn.init.normal_(self.interface.bias, std=0.01)
-        nn.init.zeros_(self.input.bias); nn.init.zeros_(self.output.bias)
+        nn.init.xavier_uniform_(self.interface.weight, gain=1.4)
+        nn.init.normal_(self.interface.bias, std=0.01)
+        nn.init.zeros_(self.input.bias)
+        nn.init.zeros_(self.output.bias)
         if self.config.init == "plain": return
-        bias, s, r = self.layout.split(self.interface.bias), self.config.max_shift, self.config.read_heads
+        bias = self.layout.split(self.interface.bias)
+        s = self.config.max_shift
+        r = self.config.read_heads
         if bias.gates is not None: bias.gates.fill_(-3)
-        if bias.shifts is not None and s: bias.shifts[:r, s] += 3; bias.shifts[r:, s - 1] += 3
+        if bias.shifts is not None and s:
+            bias.shifts[:r, s] += 3
+            bias.shifts[r:, s - 1] += 3
 
     def init_state(self, batch_size: int) -> NTMState:
         "The state before the first step; float32 where the parameters are of half precision."
-        c, zeros = self.config, lambda *shape: self.zeros(batch_size, *shape)
+        c = self.config
+        zeros = lambda *shape: self.zeros(batch_size, *shape)
         weights = zeros(c.read_heads + c.write_heads, c.memory_size)
         if c.init == "tape": weights[..., 0] = 1
         else: weights.fill_(1 / c.memory_size)
-        cell, memory = zeros(c.hidden_size) if self.lstm else None, zeros(c.memory_size, c.memory_dim) + 1e-6
+        cell = zeros(c.hidden_size) if self.lstm else None
+        memory = zeros(c.memory_size, c.memory_dim) + 1e-6
         return NTMState(zeros(c.hidden_size), cell, zeros(c.read_heads, c.memory_dim), memory, weights)
 
     def step(self, driven: Tensor, state: NTMState) -> tuple[Tensor, NTMState]:
         "One step from `input(x)` (b, units) to hidden state and reads side by side, and the new state."
         hidden, cell, params = self.emit(driven, state)
-        weights, r = address(self.layout, params, state.memory, state.weights), self.config.read_heads
+        weights = address(self.layout, params, state.memory, state.weights)
+        r = self.config.read_heads
         reads = read(state.memory, weights[:, :r])
         memory = erase_add(state.memory, weights[:, r:], params.erases, params.adds)
         return torch.cat([hidden, reads.flatten(1)], -1), NTMState(hidden, cell, reads, memory, weights)
@@ -158,7 +199,9 @@ class NTM(Machine):
     def _fused(self, driven: Tensor, state: NTMState) -> tuple[Tensor, NTMState]:
         "All steps in one node of the graph."
         c = self.config
-        out, cell, memory, address = _Sequence.apply(self.cell.layout, self.cell.lstm, driven, *self._weights(driven.dtype), *state)
+        out, cell, memory, address = _Sequence.apply(
+            self.cell.layout, self.cell.lstm, driven, *self._weights(driven.dtype), *state
+        )
         hidden, reads = out[-1].split([c.hidden_size, c.read_heads * c.memory_dim], -1)
         return out, NTMState(hidden, cell, reads.unflatten(-1, (c.read_heads, -1)), memory, address)
 
@@ -169,29 +212,49 @@ NeuralTuringMachine = NTM
 class _Tape(Tape):
     "All that happens in a forward pass, and views of it for each step."
     def __init__(self, layout: HeadLayout, lstm: bool, driven: Tensor, hidden_size: int, slots: int, keep: bool):
-        (T, b, _), r, w, heads, n, s = driven.shape, layout.read_heads, layout.width, layout.heads, slots, layout.moves // 2
+        T, b, _ = driven.shape
+        r = layout.read_heads
+        w = layout.width
+        heads = layout.heads
+        n = slots
+        s = layout.moves // 2
         super().__init__(driven, lstm, hidden_size, r, w, sum(layout.sizes), keep)
-        self.layout, self.n, self.s = layout, n, s
+        self.layout = layout
+        self.n = n
+        self.s = s
         new = lambda steps, *shape: Buffer.like(driven, keep, steps, b, *shape)
-        self.weights, self.memory = new(T + 1, heads, n), new(T + 1, w, n)
-        self.scores, self.content, self.log_moved = new(T, heads, n), new(T, heads, n), new(T, heads, n)
-        self.padded, self.slot_inverse = new(T, heads, n + 2 * s), new(T, 1, n)
-        self.key_norm, self.key_scale, self.scaled_keys = new(T, heads, 1), new(T, heads, 1), new(T, heads, w)
-        self.room, self.row, self.fetched = driven.new_empty(b, w, n), driven.new_empty(b, heads, n), driven.new_empty(b, r, w)
+        self.weights = new(T + 1, heads, n)
+        self.memory = new(T + 1, w, n)
+        self.scores = new(T, heads, n)
+        self.content = new(T, heads, n)
+        self.log_moved = new(T, heads, n)
+        self.padded = new(T, heads, n + 2 * s)
+        self.slot_inverse = new(T, 1, n)
+        self.key_norm = new(T, heads, 1)
+        self.key_scale = new(T, heads, 1)
+        self.scaled_keys = new(T, heads, w)
+        self.room = driven.new_empty(b, w, n)
+        self.row = driven.new_empty(b, heads, n)
+        self.fetched = driven.new_empty(b, r, w)
         _lay_views(self)
 
 # %% ../../nbs/05_ntm.ipynb #c8d16f3e
 def _lay_views(z: _Tape) -> None:
     "The parts of each step's buffers that the stages work on."
-    n, s, r, layout = z.n, z.s, z.r, z.layout
+    n = z.n
+    s = z.s
+    r = z.r
+    layout = z.layout
     z.p = HeadParams(*(None if v is None else z.params.views(v) for v in layout.split(z.params.all)))
     z.bounded, z.opened, z.positive = (z.params.part(*p) for p in (layout.tanh, layout.sigmoid, layout.softplus))
     z.moved = [z.padded.part(m, n) for m in range(2 * s + 1)]  # the address, each move further back
     z.edges = [z.padded.part(i, s) for i in (0, n, n + s, s)]  # left edge and its source, right edge and its source
     if layout.location: z.moves = [[v[..., m:m + 1] for v in z.p.shifts] for m in range(2 * s + 1)]
     z.upright = z.memory.views(z.memory.all.mT)
-    z.read_weights, z.write_weights = [v[:, :r] for v in z.weights.at], [v[:, r:] for v in z.weights.at]
-    z.adds, z.erases = [v.mT for v in z.p.adds], [v.mT for v in z.p.erases]
+    z.read_weights = [v[:, :r] for v in z.weights.at]
+    z.write_weights = [v[:, r:] for v in z.weights.at]
+    z.adds = [v.mT for v in z.p.adds]
+    z.erases = [v.mT for v in z.p.erases]
 
 # %% ../../nbs/05_ntm.ipynb #f79043f4
 def _activate(z: _Tape, t: int) -> None:
@@ -202,7 +265,9 @@ def _activate(z: _Tape, t: int) -> None:
 # %% ../../nbs/05_ntm.ipynb #32ff6147
 def _by_content(z: _Tape, t: int) -> None:
     "Eqs. 5-6; a vector without direction (shorter than 1e-8) is like nothing."
-    M, keys, scores = z.memory.at[t], z.p.keys[t], z.scores.at[t]
+    M = z.memory.at[t]
+    keys = z.p.keys[t]
+    scores = z.scores.at[t]
     norm = torch.threshold_(torch.linalg.vector_norm(keys, dim=-1, keepdim=True, out=z.key_norm.at[t]), 1e-8, math.inf)
     scaled = torch.mul(keys, torch.div(z.p.strengths[t], norm, out=z.key_scale.at[t]), out=z.scaled_keys.at[t])
     squares = torch.sum(torch.mul(M, M, out=z.room), -2, keepdim=True, out=z.slot_inverse.at[t])
@@ -212,12 +277,14 @@ def _by_content(z: _Tape, t: int) -> None:
 # %% ../../nbs/05_ntm.ipynb #2ca543f8
 def _by_location(z: _Tape, t: int) -> None:
     "Eqs. 7-9."
-    here, log_moved = z.moved[z.s][t], z.log_moved.at[t]
+    here = z.moved[z.s][t]
+    log_moved = z.log_moved.at[t]
     torch.softmax(z.p.shifts[t], -1, out=z.p.shifts[t])
     if z.layout.content: torch.lerp(z.weights.at[t], z.content.at[t], z.p.gates[t], out=here)
     else: here.copy_(z.weights.at[t])
     left, right_end, right, left_end = (e[t] for e in z.edges)
-    left.copy_(right_end); right.copy_(left_end)
+    left.copy_(right_end)
+    right.copy_(left_end)
     torch.mul(z.moved[0][t], z.moves[0][t], out=log_moved)
     for m in range(1, z.layout.moves): log_moved.addcmul_(z.moved[m][t], z.moves[m][t])
     log_moved.clamp_min_(1e-30).log_()
@@ -226,9 +293,14 @@ def _by_location(z: _Tape, t: int) -> None:
 # %% ../../nbs/05_ntm.ipynb #42d895b4
 def _access(z: _Tape, t: int) -> None:
     "Read, then write: eqs. 2-4."
-    M, after, write, e, a = z.memory.at[t], z.memory.at[t + 1], z.write_weights[t + 1], z.erases[t], z.adds[t]
+    M = z.memory.at[t]
+    after = z.memory.at[t + 1]
+    write = z.write_weights[t + 1]
+    e = z.erases[t]
+    a = z.adds[t]
     z.reads[t + 1].copy_(torch.bmm(z.read_weights[t + 1], z.upright[t], out=z.fetched))
-    if z.layout.write_heads == 1: torch.addcmul(M, torch.sub(a, torch.mul(M, e, out=z.room), out=z.room), write, out=after)
+    if z.layout.write_heads == 1:
+        torch.addcmul(M, torch.sub(a, torch.mul(M, e, out=z.room), out=z.room), write, out=after)
     else: torch.mul(M, (1 - z.p.erases[t].unsqueeze(-1) * write.unsqueeze(-2)).prod(1), out=after).baddbmm_(a, write)
 
 # %% ../../nbs/05_ntm.ipynb #3199ab30
@@ -241,9 +313,12 @@ def _play(
 ) -> _Tape:
     "The forward pass."
     z = _Tape(layout, lstm, driven, state.hidden.shape[-1], state.memory.shape[1], keep)
-    z.begin(state); z.memory.at[0].copy_(state.memory.mT); z.weights.at[0].copy_(state.weights)
+    z.begin(state)
+    z.memory.at[0].copy_(state.memory.mT)
+    z.weights.at[0].copy_(state.weights)
     for t, now in enumerate(driven.unbind(0)):
-        z.control(t, now, recurrent.T, heads.T, bias); _activate(z, t)
+        z.control(t, now, recurrent.T, heads.T, bias)
+        _activate(z, t)
         if layout.content: _by_content(z, t)
         if layout.location: _by_location(z, t)
         _access(z, t)
@@ -254,11 +329,19 @@ class _Rewind(Rewind):
     "What a backward pass needs: local slopes, room for gradients, and what flows from step to step."
     def __init__(self, z: _Tape, d_out: Tensor, d_cell: Tensor | None, d_memory: Tensor, d_weights: Tensor):
         super().__init__(z, d_out, d_cell)
-        layout, n, s, new = z.layout, z.n, z.s, lambda *shape: d_out.new_empty(d_out.shape[1], *shape)
+        layout = z.layout
+        n = z.n
+        s = z.s
+        new = lambda *shape: d_out.new_empty(d_out.shape[1], *shape)
         self.p = HeadParams(*(None if v is None else list(v.unbind(0)) for v in layout.split(self.params.all)))
-        self.memory, self.weights = d_memory.mT.contiguous().clone(), d_weights.clone()  # these flow backward
-        self.room, self.erased, self.one_row = new(layout.width, n), new(layout.width, n), new(1, n)
-        self.row, self.blended, padded = new(layout.heads, n), new(layout.heads, n), new(layout.heads, n + 2 * s)
+        self.memory = d_memory.mT.contiguous().clone()
+        self.weights = d_weights.clone()  # these flow backward
+        self.room = new(layout.width, n)
+        self.erased = new(layout.width, n)
+        self.one_row = new(1, n)
+        self.row = new(layout.heads, n)
+        self.blended = new(layout.heads, n)
+        padded = new(layout.heads, n + 2 * s)
         self.moved = [padded[..., m:m + n] for m in range(2 * s, -1, -1)]
         self.edges = [padded[..., i:i + s] for i in (0, n, n + s, s)]
         self.slopes = _param_slopes(layout, z.params.all).unbind(0)
@@ -268,7 +351,9 @@ class _Rewind(Rewind):
 def _param_slopes(layout: HeadLayout, y: Tensor) -> Tensor:
     "Slopes of the head parameters at their values."
     slope = torch.empty_like(y)
-    (_, a), (b, c), (d, e) = layout.tanh, layout.sigmoid, layout.softplus
+    _, a = layout.tanh
+    b, c = layout.sigmoid
+    d, e = layout.softplus
     slope[..., :a] = 1 - y[..., :a].square() if layout.bounded else 1
     slope[..., b:b + c] = y[..., b:b + c] * (1 - y[..., b:b + c])
     slope[..., d:d + e] = -torch.expm1(-y[..., d:d + e])
@@ -278,13 +363,16 @@ def _param_slopes(layout: HeadLayout, y: Tensor) -> Tensor:
 
 # %% ../../nbs/05_ntm.ipynb #f49f43c5
 def _address_slopes(z: _Tape, d: _Rewind) -> None:
-    values, layout = z.layout.split(z.params.all), z.layout
+    values = z.layout.split(z.params.all)
+    layout = z.layout
     if layout.location:
         d.sharp_slope = ((1 + values.gammas) * torch.exp(-z.log_moved.all)).unbind(0)
-        d.copies, d.shifts = z.padded.all.unfold(-1, z.n, 1).unbind(0), values.shifts.unbind(0)
+        d.copies = z.padded.all.unfold(-1, z.n, 1).unbind(0)
+        d.shifts = values.shifts.unbind(0)
         if layout.content: d.difference = (z.content.all - z.weights.all[:-1]).unbind(0)
     if layout.content:
-        d.unit_keys, d.keys_upright = (values.keys / z.key_norm.all).unbind(0), z.scaled_keys.all.mT.unbind(0)
+        d.unit_keys = (values.keys / z.key_norm.all).unbind(0)
+        d.keys_upright = z.scaled_keys.all.mT.unbind(0)
         d.norm_slope = (z.scores.all * z.slot_inverse.all.square()).unbind(0)
         d.found = z.content.at if layout.location else z.weights.at[1:]
 
@@ -296,10 +384,15 @@ def _others(x: Tensor) -> Tensor:  # (b, h, ...)
 
 # %% ../../nbs/05_ntm.ipynb #ed0f08e2
 def _access_back(z: _Tape, d: _Rewind, t: int) -> None:
-    M, D, e, r = z.memory.at[t], d.memory, z.p.erases[t], z.layout.read_heads
-    write, d_read = z.write_weights[t + 1], d.reads[t + 1]
+    M = z.memory.at[t]
+    D = d.memory
+    e = z.p.erases[t]
+    r = z.layout.read_heads
+    write = z.write_weights[t + 1]
+    d_read = d.reads[t + 1]
     d.p.adds[t].copy_(torch.bmm(write, D.mT))
-    d_write, erased = torch.bmm(z.p.adds[t], D), torch.mul(D, M, out=d.erased)
+    d_write = torch.bmm(z.p.adds[t], D)
+    erased = torch.mul(D, M, out=d.erased)
     if z.layout.write_heads == 1:
         d_write.baddbmm_(e, erased, alpha=-1)
         d.p.erases[t].copy_(torch.bmm(write, erased.mT))
@@ -307,13 +400,16 @@ def _access_back(z: _Tape, d: _Rewind, t: int) -> None:
     else:
         kept = 1 - e.unsqueeze(-1) * write.unsqueeze(-2)  # (b, h, w, n)
         d_kept = erased.unsqueeze(1) * _others(kept)
-        d_write.sub_((d_kept * e.unsqueeze(-1)).sum(-2)); d.p.erases[t].copy_((d_kept * write.unsqueeze(-2)).sum(-1))
+        d_write.sub_((d_kept * e.unsqueeze(-1)).sum(-2))
+        d.p.erases[t].copy_((d_kept * write.unsqueeze(-2)).sum(-1))
         D.mul_(kept.prod(1))
     D.baddbmm_(d_read.mT, z.read_weights[t + 1])
-    d.weights[:, :r].add_(torch.bmm(d_read, M)); d.weights[:, r:].add_(d_write)
+    d.weights[:, :r].add_(torch.bmm(d_read, M))
+    d.weights[:, r:].add_(d_write)
 
 # %% ../../nbs/05_ntm.ipynb #afef630f
-def _dot(a: Tensor, b: Tensor, room: Tensor, out: Tensor) -> None: torch.sum(torch.mul(a, b, out=room), -1, keepdim=True, out=out)
+def _dot(a: Tensor, b: Tensor, room: Tensor, out: Tensor) -> None:
+    torch.sum(torch.mul(a, b, out=room), -1, keepdim=True, out=out)
 
 # %% ../../nbs/05_ntm.ipynb #93a12167
 def _by_location_back(z: _Tape, d: _Rewind, t: int) -> Tensor:  # (b, r + h, n) gradient of the content address
@@ -321,11 +417,14 @@ def _by_location_back(z: _Tape, d: _Rewind, t: int) -> Tensor:  # (b, r + h, n) 
     _dot(d_log, z.log_moved.at[t], d.row, d.p.gammas[t])
     d_moved = torch.mul(d_log, d.sharp_slope[t], out=d.moved[z.s])
     left, right_end, right, left_end = d.edges
-    left.copy_(right_end); right.copy_(left_end)
+    left.copy_(right_end)
+    right.copy_(left_end)
     d.p.shifts[t].copy_(softmax_back((d.copies[t] * d_moved.unsqueeze(-2)).sum(-1), d.shifts[t]))
     torch.mul(d.moved[0], z.moves[0][t], out=d.blended)
     for m in range(1, z.layout.moves): d.blended.addcmul_(d.moved[m], z.moves[m][t])
-    if not z.layout.content: d.weights.copy_(d.blended); return d.row
+    if not z.layout.content:
+        d.weights.copy_(d.blended)
+        return d.row
     _dot(d.blended, d.difference[t], d.row, d.p.gates[t])
     d_content = torch.mul(d.blended, z.p.gates[t], out=d.row)
     torch.sub(d.blended, d_content, out=d.weights)
@@ -336,7 +435,8 @@ def _by_content_back(z: _Tape, d: _Rewind, t: int, d_content: Tensor) -> None:
     d_scores = softmax_back(d_content, d.found[t])
     torch.sum(torch.mul(d_scores, d.norm_slope[t], out=d.row), 1, keepdim=True, out=d.one_row)
     d_scores.mul_(z.slot_inverse.at[t])
-    d_keys, unit = torch.bmm(d_scores, z.upright[t]), d.unit_keys[t]
+    d_keys = torch.bmm(d_scores, z.upright[t])
+    unit = d.unit_keys[t]
     d.memory.baddbmm_(d.keys_upright[t], d_scores).addcmul_(z.memory.at[t], d.one_row, value=-1)
     d_strength = torch.sum(d_keys * unit, -1, keepdim=True)
     d.p.strengths[t].copy_(d_strength)
@@ -346,7 +446,8 @@ def _by_content_back(z: _Tape, d: _Rewind, t: int, d_content: Tensor) -> None:
 # %% ../../nbs/05_ntm.ipynb #9a4aa452
 def _play_back(z: _Tape, recurrent: Tensor, heads: Tensor, *grads: Tensor) -> tuple:
     "The backward pass: gradients of the driven inputs, the three weights, and the state."
-    d, layout = _Rewind(z, *grads), z.layout
+    d = _Rewind(z, *grads)
+    layout = z.layout
     for t in reversed(range(z.steps)):
         _access_back(z, d, t)
         d_content = _by_location_back(z, d, t) if layout.location else d.weights
@@ -361,13 +462,21 @@ class _Sequence(torch.autograd.Function):
     def forward(ctx, layout, lstm, driven, recurrent, heads, bias, *state):
         keep = any(ctx.needs_input_grad)
         z = _play(layout, lstm, driven, recurrent, heads, bias, NTMState(*state), keep)
-        if keep: ctx.z = z; ctx.save_for_backward(recurrent, heads)
-        return z.out.all[1:], z.cells.at[-1].clone() if lstm else None, z.memory.at[-1].mT.clone(), z.weights.at[-1].clone()
+        if keep:
+            ctx.z = z
+            ctx.save_for_backward(recurrent, heads)
+        return (
+            z.out.all[1:],
+            z.cells.at[-1].clone() if lstm else None,
+            z.memory.at[-1].mT.clone(),
+            z.weights.at[-1].clone(),
+        )
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        with torch.autocast(grads[0].device.type, enabled=False): return None, None, *_play_back(ctx.z, *ctx.saved_tensors, *grads)
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return None, None, *_play_back(ctx.z, *ctx.saved_tensors, *grads)
 
 # %% ../../nbs/05_ntm.ipynb #3ea64f30
 class NTMTrace(NamedTuple):
@@ -387,18 +496,29 @@ def trace(
     "Run a machine and keep all it did; no gradients."
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         driven, start = model._drive(x, state)
-        layout, r = model.cell.layout, model.config.read_heads
+        layout = model.cell.layout
+        r = model.config.read_heads
         z = _play(layout, model.cell.lstm, driven, *model._weights(driven.dtype), start, keep=True)
         y, end = model(x, state)
-    weights, params = z.weights.all[1:].transpose(0, 1), layout.split(z.params.all.transpose(0, 1))
+    weights = z.weights.all[1:].transpose(0, 1)
+    params = layout.split(z.params.all.transpose(0, 1))
     if params.gammas is not None: params = params._replace(gammas=1 + params.gammas)
-    reads, memory = z.out.all[1:, :, z.H:].unflatten(-1, (r, -1)).transpose(0, 1), z.memory.all[1:].permute(1, 0, 3, 2)
+    reads = z.out.all[1:, :, z.H:].unflatten(-1, (r, -1)).transpose(0, 1)
+    memory = z.memory.all[1:].permute(1, 0, 3, 2)
     return y, end, NTMTrace(weights[:, :, :r], weights[:, :, r:], reads, memory, params)
 
 # %% ../../nbs/05_ntm.ipynb #0aa38f2d
 def _strip(ax: Any, values: Tensor, limit: float = 1.0, low: float = 0.0, cmap: str = "Greys", **how: Any) -> None:
     "A picture of numbers, rows upward."
-    ax.imshow(values.cpu(), aspect="auto", cmap=cmap, vmin=low, vmax=limit, interpolation="nearest", **({"origin": "lower"} | how))
+    ax.imshow(
+        values.cpu(),
+        aspect="auto",
+        cmap=cmap,
+        vmin=low,
+        vmax=limit,
+        interpolation="nearest",
+        **({"origin": "lower"} | how),
+    )
 
 
 def show_addresses(
@@ -411,14 +531,20 @@ def show_addresses(
     "Where each head was at every step: write heads, then read heads, slots upward. Graves et al. 2014, figure 6."
     from matplotlib.figure import Figure
     kinds = {"write": seen.write_weights, "read": seen.read_weights}
-    heads = {f"{k} {j + 1}" if w.shape[2] > 1 else k: w[i, :steps, j].T.cpu() for k, w in kinds.items() for j in range(w.shape[2])}
+    heads = {
+        f"{k} {j + 1}" if w.shape[2] > 1 else k: w[i, :steps, j].T.cpu()
+        for k, w in kinds.items()
+        for j in range(w.shape[2])
+    }
     used = torch.stack([w.amax(1) for w in heads.values()]).amax(0) > 0.1
     at = used.nonzero().flatten().tolist() or [0]
     low, high = slots or (max(0, at[0] - 2), min(len(used), at[-1] + 3))
     fig = Figure(figsize=(width, 2.4), dpi=90, layout="constrained")
     for ax, (name, w) in zip(fig.subplots(1, len(heads), sharey=True, squeeze=False)[0], heads.items()):
         _strip(ax, w[low:high], extent=(-.5, w.shape[1] - .5, low - .5, high - .5))
-        ax.set_title(name, fontsize=9); ax.set_xlabel("step", fontsize=8); ax.tick_params(labelsize=7)
+        ax.set_title(name, fontsize=9)
+        ax.set_xlabel("step", fontsize=8)
+        ax.tick_params(labelsize=7)
     fig.axes[0].set_ylabel("slot", fontsize=8)
     return fig
 
@@ -434,20 +560,28 @@ def show_step(
 ):
     "Input and output so far, the memory, and the heads, at one step."
     from matplotlib.figure import Figure
-    n, memory = int(batch.steps[i]), seen.memory[i, step, :slots]
+    n = int(batch.steps[i])
+    memory = seen.memory[i, step, :slots]
     fig = Figure(figsize=(width, 2.9), dpi=90, layout="constrained")
     (a, c, e), (b, d, f) = fig.subplots(2, 3, width_ratios=(6, 4, 1.6), height_ratios=(9, 8))
-    x, out = batch.x[i, :n].clone(), y[i, :n].detach().sigmoid().where(batch.mask[i, :n, None], torch.nan)
-    x[step + 1:] = 0; out[step + 1:] = torch.nan
+    x = batch.x[i, :n].clone()
+    out = y[i, :n].detach().sigmoid().where(batch.mask[i, :n, None], torch.nan)
+    x[step + 1:] = 0
+    out[step + 1:] = torch.nan
     for ax, v, name in ((a, x, "input"), (b, out, "output")):
-        _strip(ax, v.T, low=-1, cmap="PuOr", origin="upper"); ax.axvline(step, color="#D55E00", lw=1)
+        _strip(ax, v.T, low=-1, cmap="PuOr", origin="upper")
+        ax.axvline(step, color="#D55E00", lw=1)
         ax.set(yticks=[], ylabel=name, facecolor="#D9D9D9")
     for ax, w, name in ((c, seen.write_weights, "write"), (d, seen.read_weights, "read")):
         _strip(ax, w[i, :step + 1, :, :slots].amax(1).T, extent=(-.5, step + .5, -.5, slots - .5))
         ax.set(xlim=(-.5, n - .5), ylabel=f"{name} (slot)")
     limit = seen.memory[i].abs().max().item() + 1e-9
     for ax, w, name in ((e, seen.write_weights, "memory"), (f, seen.read_weights, "")):
-        _strip(ax, memory, limit, -limit, "PuOr"); ax.set(xticks=[], yticks=[], title=name); ax.title.set_size(9)
+        _strip(ax, memory, limit, -limit, "PuOr")
+        ax.set(xticks=[], yticks=[], title=name)
+        ax.title.set_size(9)
         ax.plot([-1] * w.shape[2], w[i, step, :, :slots].argmax(-1).cpu(), ">", color="#D55E00", ms=6, clip_on=False)
-    b.set_xlabel("step"); d.set_xlabel("step"); f.set_xlabel("width")
+    b.set_xlabel("step")
+    d.set_xlabel("step")
+    f.set_xlabel("width")
     return fig

@@ -23,12 +23,20 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from ..core import set_seed
 from ..data import fetch
 from .sparse import clip_grad_rows_, step_rows
-from ..train import Callback, Loop, Run, experiment, fit, over_seeds, pick_device
+from ..runs import Run, experiment, over_seeds
+from ..train import Callback, Loop, fit, pick_device
 
 # %% ../../nbs/08b_engram.ipynb #bf5b8d69
 def normal_form(text: str) -> str:
@@ -42,10 +50,15 @@ def canonical_ids(
     tokenizer: Any,  # of transformers, or a list of texts
 ) -> Tensor:  # (vocab,) number of the class of each token, in order of appearance
     "The compressed vocabulary. Cheng et al. 2026, section 2.2."
-    if isinstance(tokenizer, Sequence): texts, names, special = tokenizer, tokenizer, set()
+    if isinstance(tokenizer, Sequence):
+        texts = tokenizer
+        names = tokenizer
+        special = set()
     else:
-        ids = range(len(tokenizer)); special = set(tokenizer.all_special_ids)
-        names, texts = tokenizer.convert_ids_to_tokens(ids), tokenizer.batch_decode([[i] for i in ids])
+        ids = range(len(tokenizer))
+        special = set(tokenizer.all_special_ids)
+        names = tokenizer.convert_ids_to_tokens(ids)
+        texts = tokenizer.batch_decode([[i] for i in ids])
     own = lambda i: i in special or "\ufffd" in texts[i] or not normal_form(texts[i])
     keys = [(True, names[i]) if own(i) else (False, normal_form(texts[i])) for i in range(len(texts))]
     number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
@@ -57,9 +70,13 @@ def train_tokenizer(
     vocab: int,  # tokens
 ) -> PreTrainedTokenizerFast:
     "A byte-level BPE tokenizer."
-    words, byte = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel
-    words.pre_tokenizer, words.decoder = byte(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=["<|end|>"], initial_alphabet=byte.alphabet(), show_progress=False)
+    words = Tokenizer(models.BPE())
+    byte = pre_tokenizers.ByteLevel
+    words.pre_tokenizer = byte(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=["<|end|>"], initial_alphabet=byte.alphabet(), show_progress=False
+    )
     words.train_from_iterator(text.splitlines(keepends=True), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|end|>")
 
@@ -71,7 +88,8 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:  # (t,)
 # %% ../../nbs/08b_engram.ipynb #0002b6ac
 def primes_from(start: int, count: int) -> list[int]:
     "The first primes that are at least `start`."
-    found, n = [], max(start, 2)
+    found = []
+    n = max(start, 2)
     while len(found) < count:
         if all(n % p for p in range(2, math.isqrt(n) + 1)): found.append(n)
         n += 1
@@ -91,9 +109,13 @@ class NgramHash(nn.Module):
         super().__init__()
         if max_order < 2 or heads < 1 or rows < 2:
             raise ValueError(f"expected max_order >= 2, heads >= 1 and rows >= 2, got {max_order}, {heads} and {rows}")
-        count, self.max_order, self.nothing = (max_order - 1) * heads, max_order, int(canonical.max()) + 1
+        count = (max_order - 1) * heads
+        self.max_order = max_order
+        self.nothing = int(canonical.max()) + 1
         primes = primes_from(rows, (ordinal + 1) * count)[-count:]
-        draws = np.random.default_rng(seed + 10_007 * ordinal).integers(0, (2**63 - 1) // (self.nothing + 1) // 2, max_order)
+        draws = np.random.default_rng(seed + 10_007 * ordinal).integers(
+            0, (2**63 - 1) // (self.nothing + 1) // 2, max_order
+        )
         self.size = sum(primes)
         self.register_buffer("canonical", canonical.clone())
         self.register_buffer("multipliers", torch.from_numpy(2 * draws + 1))
@@ -114,7 +136,8 @@ class NgramHash(nn.Module):
         before: Tensor,  # (b, N - 1) those before them
     ) -> Tensor:  # (b, t, (N - 1) K) rows of the whole table
         "All n-grams that end at each token."
-        terms = torch.cat([before, tokens], 1).unfold(1, self.max_order, 1).flip(-1) * self.multipliers  # (b, t, N), the token itself first
+        # (b, t, N), the token itself first
+        terms = torch.cat([before, tokens], 1).unfold(1, self.max_order, 1).flip(-1) * self.multipliers
         mixes = [terms[..., 0]]
         for term in terms.unbind(-1)[1:]: mixes.append(mixes[-1] ^ term)
         return (torch.stack(mixes[1:], -1).unsqueeze(-1) % self.primes + self.offsets).flatten(2)
@@ -137,9 +160,15 @@ class EngramConfig:
     seed: int = 0  # of the hash
 
     def __post_init__(self):
-        if self.max_order < 2: raise ValueError(f"max_order is {self.max_order}: expected 2 or more, for an n-gram of one token is an embedding")
+        if self.max_order < 2:
+            raise ValueError(
+                f"max_order is {self.max_order}: expected 2 or more, for an n-gram of one token is an embedding"
+            )
         if self.memory_dim % (count := (self.max_order - 1) * self.heads):
-            raise ValueError(f"memory_dim is {self.memory_dim}: expected a multiple of {count}, {self.max_order - 1} orders times {self.heads} heads")
+            raise ValueError(
+                f"memory_dim is {self.memory_dim}: expected a multiple of {count}, {self.max_order - 1} orders times "
+                f"{self.heads} heads"
+            )
 
 # %% ../../nbs/08b_engram.ipynb #6f303455
 class EngramState(NamedTuple):
@@ -177,17 +206,23 @@ class Engram(nn.Module):
     ):
         super().__init__()
         c = self.config = config
-        self.ordinal, self.off, self.hash = ordinal, False, NgramHash(canonical, c.rows, c.max_order, c.heads, ordinal, c.seed)
+        self.ordinal = ordinal
+        self.off = False
+        self.hash = NgramHash(canonical, c.rows, c.max_order, c.heads, ordinal, c.seed)
         self.table = nn.Embedding(self.hash.size, c.memory_dim // (c.max_order - 1) // c.heads, sparse=c.sparse)
-        self.key, self.value = nn.Linear(c.memory_dim, c.branches * c.dim), nn.Linear(c.memory_dim, c.dim)
+        self.key = nn.Linear(c.memory_dim, c.branches * c.dim)
+        self.value = nn.Linear(c.memory_dim, c.dim)
         self.scales = nn.Parameter(torch.ones(3, c.branches, c.dim))  # of the norms: state, key, convolution
         self.taps = nn.Parameter(torch.zeros(c.kernel, c.branches, c.dim))
         nn.init.normal_(self.table.weight, std=0.02)
-        if c.silent: nn.init.zeros_(self.value.weight); nn.init.zeros_(self.value.bias)
+        if c.silent:
+            nn.init.zeros_(self.value.weight)
+            nn.init.zeros_(self.value.bias)
 
     def init_state(self, batch_size: int) -> EngramState:
         "Nothing has been said."
-        c, reach = self.config, max(self.config.kernel - 1, 0) * self.config.max_order
+        c = self.config
+        reach = max(self.config.kernel - 1, 0) * self.config.max_order
         return EngramState(self.hash.start(batch_size), self.taps.new_zeros(batch_size, reach, c.branches, c.dim))
 
     def forward(self,
@@ -197,9 +232,13 @@ class Engram(nn.Module):
         mask: Tensor | None = None,  # (b, t) 0 for padding
     ) -> tuple[Tensor, EngramState]:  # what is to be added to hidden, and the state after the last token
         "Whole sequences, or piece by piece with the state passed on."
-        c, shape, norm = self.config, hidden.shape, lambda i, x: F.rms_norm(x, (self.config.dim,)) * self.scales[i]
-        if shape[:2] != ids.shape: raise ValueError(f"hidden is {tuple(shape)} and ids {tuple(ids.shape)}: expected the same batch and length")
-        (before, past), tokens = state or self.init_state(len(ids)), self.hash.compress(ids, mask)
+        c = self.config
+        shape = hidden.shape
+        norm = lambda i, x: F.rms_norm(x, (self.config.dim,)) * self.scales[i]
+        if shape[:2] != ids.shape:
+            raise ValueError(f"hidden is {tuple(shape)} and ids {tuple(ids.shape)}: expected the same batch and length")
+        before, past = state or self.init_state(len(ids))
+        tokens = self.hash.compress(ids, mask)
         hidden = hidden.view(*ids.shape, c.branches, c.dim)
         read = self.table(self.hash(tokens, before)).flatten(2).to(self.value.weight.dtype)
         values = self.value(read).unsqueeze(2).expand_as(hidden)
@@ -207,13 +246,17 @@ class Engram(nn.Module):
         if mask is not None: values = values * mask[..., None, None].to(values.dtype)
         window = torch.cat([past.to(values.dtype), norm(2, values)], 1)
         out = values + F.silu(causal_filter(window, self.taps, c.max_order)) if c.kernel else values
-        return out.reshape(shape), EngramState(torch.cat([before, tokens], 1)[:, -before.shape[1]:], window[:, shape[1]:])
+        return out.reshape(shape), EngramState(
+            torch.cat([before, tokens], 1)[:, -before.shape[1] :], window[:, shape[1] :]
+        )
 
 # %% ../../nbs/08b_engram.ipynb #88660124
 class EngramCache:
     "The state of one Engram as a layer of transformers' cache."
     supports_early_init = is_compileable = is_croppable = False
-    def __init__(self, ordinal: int): self.ordinal, self.state = ordinal, None
+    def __init__(self, ordinal: int):
+        self.ordinal = ordinal
+        self.state = None
 
     def _each(self, change: Any) -> None: self.state = self.state and EngramState(*map(change, self.state))
     def reset(self) -> None: self.state = None
@@ -225,12 +268,14 @@ class EngramCache:
     def prefetch(self) -> None: pass
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove: raise ValueError("an Engram cannot take tokens back: use a way of generation that never crops its cache")
+        if tokens_to_remove:
+            raise ValueError("an Engram cannot take tokens back: use a way of generation that never crops its cache")
 
     @classmethod
     def of(cls, cache: Any, ordinal: int, depth: int) -> "EngramCache":
         "The layer that belongs to an Engram, behind those of the blocks; made when it is missing."
-        if not hasattr(cache, "layers"): raise TypeError(f"expected a cache with layers, got {type(cache).__name__}: update transformers")
+        if not hasattr(cache, "layers"):
+            raise TypeError(f"expected a cache with layers, got {type(cache).__name__}: update transformers")
         if found := next((l for l in cache.layers if isinstance(l, cls) and l.ordinal == ordinal), None): return found
         while len(cache.layers) < depth: cache.layers.append(cache.layer_class_to_replicate())
         cache.layers.append(found := cls(ordinal))
@@ -239,16 +284,21 @@ class EngramCache:
 # %% ../../nbs/08b_engram.ipynb #c70f2134
 def _hand_down(base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     "Before the model runs: its tokens and its mask go along with the keyword arguments."
-    ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    mask = kwargs.get("attention_mask")
     if ids is None: raise ValueError("an Engram looks up tokens: call the model with input_ids, not with inputs_embeds")
     if mask is not None and mask.dim() != 2:
-        raise ValueError(f"attention_mask is {tuple(mask.shape)}: an Engram needs the one of shape (b, t), and a cache that grows (static ones make their own mask)")
+        raise ValueError(
+            f"attention_mask is {tuple(mask.shape)}: an Engram needs the one of shape (b, t), and a cache that grows "
+            "(static ones make their own mask)"
+        )
     return args, kwargs | {"engram": (ids, mask if mask is None else mask[:, -ids.shape[1]:])}
 
 
 def _recall(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     "Before a block runs: H <- H + Y."
-    (ids, mask), (hidden, *rest) = kwargs.pop("engram"), args
+    ids, mask = kwargs.pop("engram")
+    hidden, *rest = args
     engram = getattr(block, "engram", None)
     if engram is None or engram.off: return args, kwargs
     cache = kwargs.get("past_key_values", rest[0] if rest else None)
@@ -261,13 +311,20 @@ def _recall(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
 def _stack(model: PreTrainedModel) -> nn.ModuleList:
     "The blocks of a language model."
     found = next((m for m in model.base_model.children() if isinstance(m, nn.ModuleList)), None)
-    if found is None: raise ValueError(f"{type(model).__name__} has no list of blocks: Engrams go into GPT-2, Llama and models built like them")
+    if found is None:
+        raise ValueError(
+            f"{type(model).__name__} has no list of blocks: Engrams go into GPT-2, Llama and models built like them"
+        )
     return found
 
 
-def _install(model: PreTrainedModel, layers: list[int], classes: int, vocab: int, canonical: Tensor | None = None, **sizes: Any):
+def _install(
+    model: PreTrainedModel, layers: list[int], classes: int, vocab: int, canonical: Tensor | None = None, **sizes: Any
+):
     "Build the Engrams that a configuration describes; which tokens are the same comes with the weights if it is not given."
-    stack, config, like = _stack(model), EngramConfig(**sizes), next(model.parameters())
+    stack = _stack(model)
+    config = EngramConfig(**sizes)
+    like = next(model.parameters())
     if canonical is None: canonical = torch.arange(vocab, device="cpu").clamp(max=classes - 1)
     for ordinal, i in enumerate(layers):
         stack[i].engram = Engram(config, canonical, ordinal).to(device=like.device, dtype=like.dtype)
@@ -291,7 +348,8 @@ def engram_class(
 
     Config.__name__ = Config.__qualname__ = f"{cls.config_class.__name__}WithEngram"
     Model.__name__ = Model.__qualname__ = f"{cls.__name__}WithEngram"
-    AutoConfig.register(Config.model_type, Config, exist_ok=True); AutoModelForCausalLM.register(Config, Model, exist_ok=True)
+    AutoConfig.register(Config.model_type, Config, exist_ok=True)
+    AutoModelForCausalLM.register(Config, Model, exist_ok=True)
     return Model
 
 # %% ../../nbs/08b_engram.ipynb #f49f8869
@@ -299,19 +357,31 @@ def add_engram(
     model: PreTrainedModel,  # GPT-2, Llama, or built like them; changed in place
     layers: Iterable[int],  # blocks that get one before their attention; the paper: the second and the middle one
     canonical: Tensor | None = None,  # (vocab,) of `canonical_ids(tokenizer)`; None: nothing is the same
-    **sizes: Any,  # of `EngramConfig`: rows, max_order, heads, memory_dim, kernel, gated, signed_root, silent, sparse, seed
+    # of `EngramConfig`: rows, max_order, heads, memory_dim, kernel, gated, signed_root, silent, sparse, seed
+    **sizes: Any,
 ) -> PreTrainedModel:
     "Give a language model a table of n-grams. Cheng et al. 2026."
-    layers, depth, vocab = sorted(set(layers)), len(_stack(model)), model.config.vocab_size
+    layers = sorted(set(layers))
+    depth = len(_stack(model))
+    vocab = model.config.vocab_size
     if hasattr(model.config, "engram"): raise ValueError("this model has Engrams already")
-    if not layers or layers[0] < 0 or layers[-1] >= depth: raise ValueError(f"layers are {layers}: expected some of 0 to {depth - 1}")
+    if not layers or layers[0] < 0 or layers[-1] >= depth:
+        raise ValueError(f"layers are {layers}: expected some of 0 to {depth - 1}")
     canonical = torch.arange(vocab) if canonical is None else canonical.cpu()
-    if len(canonical) > vocab: raise ValueError(f"canonical has {len(canonical)} tokens and the model {vocab}: use the model's own tokenizer")
+    if len(canonical) > vocab:
+        raise ValueError(f"canonical has {len(canonical)} tokens and the model {vocab}: use the model's own tokenizer")
     spare = torch.arange(vocab - len(canonical))  # rows of the embedding that no token uses
     canonical = torch.cat([canonical, int(canonical.max()) + 1 + spare])
-    known = {"layers": layers, "classes": int(canonical.max()) + 1, "vocab": vocab, **asdict(EngramConfig(model.config.hidden_size, **sizes))}
+    known = {
+        "layers": layers,
+        "classes": int(canonical.max()) + 1,
+        "vocab": vocab,
+        **asdict(EngramConfig(model.config.hidden_size, **sizes)),
+    }
     _install(model, **known, canonical=canonical)
-    model.__class__ = engram_class(type(model)); model.config.__class__ = model.config_class; model.config.engram = known
+    model.__class__ = engram_class(type(model))
+    model.config.__class__ = model.config_class
+    model.config.engram = known
     return model
 
 # %% ../../nbs/08b_engram.ipynb #3ca4fecf
@@ -342,8 +412,11 @@ def engram_groups(
 class Windows:
     "An epoch of random windows of a text."
     def __init__(self, tokens: Tensor, batches: int, batch_size: int, length: int, seed: int = 0):
-        if len(tokens) < length: raise ValueError(f"the text has {len(tokens)} tokens: expected at least {length}, the length of a window")
-        self.tokens, self.batches, self.shape = tokens, batches, (batch_size, length)
+        if len(tokens) < length:
+            raise ValueError(f"the text has {len(tokens)} tokens: expected at least {length}, the length of a window")
+        self.tokens = tokens
+        self.batches = batches
+        self.shape = (batch_size, length)
         self.generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int: return self.batches
@@ -351,7 +424,11 @@ class Windows:
     def __iter__(self) -> Iterator[tuple[Tensor]]:
         b, t = self.shape
         for _ in range(self.batches):
-            yield (self.tokens[torch.randint(len(self.tokens) - t + 1, (b, 1), generator=self.generator) + torch.arange(t)],)
+            yield (
+                self.tokens[
+                    torch.randint(len(self.tokens) - t + 1, (b, 1), generator=self.generator) + torch.arange(t)
+                ],
+            )
 
 # %% ../../nbs/08b_engram.ipynb #b6892f2e
 class Recipe(Callback):
@@ -361,7 +438,9 @@ class Recipe(Callback):
         warmup: int = 50,  # steps of the rise
         clip: float = 1.0,  # largest norm of all gradients together
     ):
-        self.steps, self.warmup, self.clip = steps, warmup, clip
+        self.steps = steps
+        self.warmup = warmup
+        self.clip = clip
 
     def before_step(self, loop: Loop) -> None:
         factor = min(1.0, (loop.step + 1) / self.warmup) * (1 + math.cos(math.pi * loop.step / self.steps)) / 2
@@ -398,9 +477,18 @@ class Trial:
 
 
 TRIALS = {
-    "base": Trial(None), "ffn": Trial(0.0), "share25": Trial(0.25), "share50": Trial(0.5), "share75": Trial(0.75), "engram": Trial(),
-    "large": Trial(factor=8.0), "no_gate": Trial(options={"gated": False}), "no_conv": Trial(options={"kernel": 0}),
-    "no_compression": Trial(compress=False), "one_head": Trial(heads=1), "signed_root": Trial(options={"signed_root": True}),
+    "base": Trial(None),
+    "ffn": Trial(0.0),
+    "share25": Trial(0.25),
+    "share50": Trial(0.5),
+    "share75": Trial(0.75),
+    "engram": Trial(),
+    "large": Trial(factor=8.0),
+    "no_gate": Trial(options={"gated": False}),
+    "no_conv": Trial(options={"kernel": 0}),
+    "no_compression": Trial(compress=False),
+    "one_head": Trial(heads=1),
+    "signed_root": Trial(options={"signed_root": True}),
 }
 
 # %% ../../nbs/08b_engram.ipynb #81ffb3b3
@@ -412,15 +500,32 @@ def make_lm(
     seed: int = 0,
 ) -> GPT2LMHeadModel:
     "A GPT-2 of three layers, 64 wide, with the extra parameters where the trial puts them."
-    d, layers, width, heads = 64, 3, 64, trial.heads
+    d = 64
+    layers = 3
+    width = 64
+    heads = trial.heads
     extra = 0 if trial.share is None else round(extra * trial.factor)
     sizes = {"heads": heads, "memory_dim": width, "sparse": True} | trial.options
     around = 2 * (width + 1) * d + (3 + sizes.get("kernel", 4)) * d  # projections, scales and taps of an Engram
-    rows = round((extra * trial.share - around) / width) if trial.share else 0  # of a head: all heads together have `width` columns
+    # of a head: all heads together have `width` columns
+    rows = round((extra * trial.share - around) / width) if trial.share else 0
     inner = 4 * d + round(extra * (1 - (trial.share or 0)) / ((2 * d + 1) * layers))
     set_seed(seed)
-    config = GPT2Config(vocab_size=len(canonical), n_positions=length, n_embd=d, n_layer=layers, n_head=4, n_inner=inner, resid_pdrop=0.0,
-                        embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None, use_cache=False, loss_type="ForCausalLM")
+    config = GPT2Config(
+        vocab_size=len(canonical),
+        n_positions=length,
+        n_embd=d,
+        n_layer=layers,
+        n_head=4,
+        n_inner=inner,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
+        use_cache=False,
+        loss_type="ForCausalLM",
+    )
     model = GPT2LMHeadModel(config)
     if not rows: return model
     return add_engram(model, (1,), canonical if trial.compress else None, rows=rows, **sizes)
@@ -441,11 +546,20 @@ def practise(
     "Train one model, and measure it, with its Engram switched off too."
     train, valid, canonical = texts
     model = make_lm(TRIALS[name], canonical, extra, length, seed).to(pick_device(device))
-    groups = engram_groups(model, lr); optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
+    groups = engram_groups(model, lr)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
     if len(groups) > 1: step_rows(optimizer, *groups[1]["params"])
     start = time.process_time()
-    history = fit(model, Windows(train, steps // 10, batch_size, length, seed), optimizer=optimizer, epochs=10, step=lm_step,
-                  callbacks=[Recipe(steps)], device=device, checkpoint=run.checkpoint(f"{name}-seed{seed}"))
+    history = fit(
+        model,
+        Windows(train, steps // 10, batch_size, length, seed),
+        optimizer=optimizer,
+        epochs=10,
+        step=lm_step,
+        callbacks=[Recipe(steps)],
+        device=device,
+        checkpoint=run.checkpoint(f"{name}-seed{seed}"),
+    )
     row = {"cpu_s": time.process_time() - start, "loss": text_loss(model.eval(), valid, length, 2),
            "params": sum(p.numel() for p in model.parameters()),
            "table_params": sum(m.table.weight.numel() for m in model.modules() if isinstance(m, Engram))}
@@ -460,11 +574,16 @@ TEXTS = {"wikitext-2": ("train.txt", "valid.txt"), "tinyshakespeare": ("input.tx
 def load_texts(
     data: str,  # "wikitext-2" or "tinyshakespeare"
     vocab: int = 2048,
-) -> tuple[Tensor, Tensor, Tensor, float]:  # to train, to validate, canonical numbers, bytes of a token of the text to validate
+) -> tuple[
+    Tensor, Tensor, Tensor, float
+]:  # to train, to validate, canonical numbers, bytes of a token of the text to validate
     "A text in tokens of a tokenizer that is trained on it."
     train, valid = (file and fetch(data, file).decode() for file in TEXTS[data])
-    if not valid: cut = int(0.9 * len(train)); train, valid = train[:cut], train[cut:]
-    words = train_tokenizer(train, vocab); tokens = encode(words, valid)
+    if not valid:
+        cut = int(0.9 * len(train))
+        train, valid = train[:cut], train[cut:]
+    words = train_tokenizer(train, vocab)
+    tokens = encode(words, valid)
     return encode(words, train), tokens, canonical_ids(words), len(valid.encode()) / len(tokens)
 
 # %% ../../nbs/08b_engram.ipynb #9c415d01
@@ -482,13 +601,20 @@ def engram_experiment(run: Run, *,
     device: str = "auto",
 ) -> dict:
     "`<trial>.loss` (nats per token of the validation text), `.bits_per_byte`, `.loss_off` (Engram switched off), `.params`, `.table_params`, `.cpu_s`."
-    names, out = list(TRIALS) if "all" in trial else list(trial), {}
-    if wrong := [n for n in names if n not in TRIALS]: raise ValueError(f"no trial is called {wrong[0]!r}: choose from {', '.join(TRIALS)}")
+    names = list(TRIALS) if "all" in trial else list(trial)
+    out = {}
+    if wrong := [n for n in names if n not in TRIALS]:
+        raise ValueError(f"no trial is called {wrong[0]!r}: choose from {', '.join(TRIALS)}")
     *texts, size = load_texts(data, vocab)
     for name in names:
-        once = lambda s: run.unit(f"{name}-seed{s}", lambda: practise(run, name, texts, s, steps, batch_size, length, extra, lr, device))
+        once = lambda s: run.unit(
+            f"{name}-seed{s}", lambda: practise(run, name, texts, s, steps, batch_size, length, extra, lr, device)
+        )
         rows = [once(s) for s in range(seeds)]
-        out |= {f"{name}.{k}": v for k, v in over_seeds([r | {"bits_per_byte": r["loss"] / size / math.log(2)} for r in rows]).items()}
+        out |= {
+            f"{name}.{k}": v
+            for k, v in over_seeds([r | {"bits_per_byte": r["loss"] / size / math.log(2)} for r in rows]).items()
+        }
     return out | {"compression": 1 - (int(texts[2].max()) + 1) / vocab, "bytes_per_token": size}
 
 # %% ../../nbs/08b_engram.ipynb #93b92703
@@ -496,11 +622,18 @@ def engram_table(
     metrics: dict[str, Any],  # of a run or of a stored result
 ) -> str:  # Markdown
     "Trials by their loss, best first."
-    rows = ["| trial | parameters | of these in the table | loss, nats per token | bits per byte | loss with the Engram off | CPU s |", "|---" * 7 + "|"]
+    rows = [
+        "| trial | parameters | of these in the table | loss, nats per token | bits per byte | loss with the Engram "
+        "off | CPU s |",
+        "|---" * 7 + "|",
+    ]
     names = [k.removesuffix(".loss") for k in metrics if k.endswith(".loss")]
     for name in sorted(names, key=lambda n: metrics[f"{n}.loss"]["mean"]):
         of = lambda k: metrics[f"{name}.{k}"]
         off = f"{of('loss_off')['mean']:.3f}" if f"{name}.loss_off" in metrics else "–"
-        rows.append(f"| {name} | {of('params')['mean']:,.0f} | {of('table_params')['mean']:,.0f} | {of('loss')['mean']:.3f} ± {of('loss')['std']:.3f} "
-                    f"| {of('bits_per_byte')['mean']:.3f} | {off} | {of('cpu_s')['mean']:.0f} |")
+        rows.append(
+            f"| {name} | {of('params')['mean']:,.0f} | {of('table_params')['mean']:,.0f} | {of('loss')['mean']:.3f} "
+            f"± {of('loss')['std']:.3f} "
+            f"| {of('bits_per_byte')['mean']:.3f} | {off} | {of('cpu_s')['mean']:.0f} |"
+        )
     return "\n".join(rows)

@@ -16,14 +16,23 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
-from .sparse import ProductKeyConfig, ProductKeyMemory, RowSteps, SlotCounter, ValuePool, clip_grad_rows_, step_rows
+from memory_notebook.sparse.sparse import (
+    ProductKeyConfig,
+    ProductKeyMemory,
+    RowSteps,
+    SlotCounter,
+    ValuePool,
+    clip_grad_rows_,
+    step_rows,
+)
 
 # %% ../../nbs/08c_finetuning.ipynb #a7f6f94f
 class Beside(nn.Module):
     "A feed-forward part with a memory beside it."
     def __init__(self, mlp: nn.Module, memory: ProductKeyMemory):
         super().__init__()
-        self.mlp, self.memory = mlp, memory
+        self.mlp = mlp
+        self.memory = memory
 
     def forward(self, x: Tensor) -> Tensor: return self.mlp(x) + self.memory(x)
 
@@ -31,13 +40,18 @@ class Beside(nn.Module):
 def blocks(model: PreTrainedModel) -> nn.ModuleList:
     "The blocks of a language model: the first list of modules that have an `mlp`."
     found = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) and hasattr(m[0], "mlp")), None)
-    if found is None: raise ValueError(f"{type(model).__name__} has no blocks with an `mlp`: memory layers go into GPT-2, Llama and models built like them")
+    if found is None:
+        raise ValueError(
+            f"{type(model).__name__} has no blocks with an `mlp`: memory layers go into GPT-2, Llama and models "
+            "built like them"
+        )
     return found
 
 
 def _install(model: PreTrainedModel, layers: list[int], keep_mlp: bool, **sizes: Any) -> None:
     "Build the memory that a configuration describes."
-    config, stack = ProductKeyConfig(**sizes), blocks(model)
+    config = ProductKeyConfig(**sizes)
+    stack = blocks(model)
     like = next(stack[0].mlp.parameters())
     place = lambda module: module.to(device=like.device, dtype=like.dtype)
     model.memory_values = place(ValuePool(config.slots, config.value_dim, config.gradient))
@@ -62,7 +76,8 @@ def memory_class(
 
     Config.__name__ = Config.__qualname__ = f"{cls.config_class.__name__}WithMemory"
     Model.__name__ = Model.__qualname__ = f"{cls.__name__}WithMemory"
-    AutoConfig.register(Config.model_type, Config, exist_ok=True); AutoModelForCausalLM.register(Config, Model, exist_ok=True)
+    AutoConfig.register(Config.model_type, Config, exist_ok=True)
+    AutoModelForCausalLM.register(Config, Model, exist_ok=True)
     return Model
 
 
@@ -73,20 +88,26 @@ def add_memory_layers(
     **sizes: Any,  # of `ProductKeyConfig`: slots, heads, k, key_dim, value_dim, query_norm, gated, gradient
 ) -> PreTrainedModel:
     "Give a language model a memory. Berges et al. 2024; one layer as in Lin et al. 2025."
-    layers, depth = sorted(set(layers)), len(blocks(model))
+    layers = sorted(set(layers))
+    depth = len(blocks(model))
     if hasattr(model, "memory_values"): raise ValueError("this model has memory layers already")
-    if not layers or layers[0] < 0 or layers[-1] >= depth: raise ValueError(f"layers are {layers}: expected some of 0 to {depth - 1}")
+    if not layers or layers[0] < 0 or layers[-1] >= depth:
+        raise ValueError(f"layers are {layers}: expected some of 0 to {depth - 1}")
     memory = {"layers": layers, "keep_mlp": keep_mlp, **asdict(ProductKeyConfig(model.config.hidden_size, **sizes))}
-    if keep_mlp and not memory["gated"]: raise ValueError("keep_mlp=True needs gated=True: the projection after the gate is what begins at zero")
+    if keep_mlp and not memory["gated"]:
+        raise ValueError("keep_mlp=True needs gated=True: the projection after the gate is what begins at zero")
     _install(model, **memory)
-    model.__class__ = memory_class(type(model)); model.config.__class__ = model.config_class; model.config.memory = memory
+    model.__class__ = memory_class(type(model))
+    model.config.__class__ = model.config_class
+    model.config.memory = memory
     return model
 
 # %% ../../nbs/08c_finetuning.ipynb #f1e91856
 def value_pool(model: nn.Module) -> ValuePool:
     "The pool of values of a model that has one."
     pools = {id(m): m for m in model.modules() if isinstance(m, ValuePool)}
-    if len(pools) != 1: raise ValueError(f"expected a model with one ValuePool, {type(model).__name__} has {len(pools)}")
+    if len(pools) != 1:
+        raise ValueError(f"expected a model with one ValuePool, {type(model).__name__} has {len(pools)}")
     return next(iter(pools.values()))
 
 
@@ -96,19 +117,32 @@ def count_background(
     batches: Iterable[Any],  # input ids (b, t), or dictionaries with `input_ids` and `attention_mask`
 ) -> ValuePool:
     "Count in how many batches each slot is read, padding apart, and keep that with the values."
-    pool, device, was_training = value_pool(model), next(model.parameters()).device, model.training
-    model.eval(); pool.documents.zero_(); pool.document_count.zero_()
+    pool = value_pool(model)
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    pool.documents.zero_()
+    pool.document_count.zero_()
     with SlotCounter(model) as counter:
         for batch in batches:
-            inputs = {k: v.to(device) for k, v in (batch if isinstance(batch, Mapping) else {"input_ids": batch}).items() if k != "labels"}
-            counter.reset(); counter.mask = inputs.get("attention_mask"); model(**inputs)
-            pool.documents += (counter.counts > 0).int(); pool.document_count += 1
+            inputs = {
+                k: v.to(device)
+                for k, v in (batch if isinstance(batch, Mapping) else {"input_ids": batch}).items()
+                if k != "labels"
+            }
+            counter.reset()
+            counter.mask = inputs.get("attention_mask")
+            model(**inputs)
+            pool.documents += (counter.counts > 0).int()
+            pool.document_count += 1
     model.train(was_training)
     return pool
 
 
 RULES: dict[str, Callable] = {  # (counts, pool, generator) -> (slots,) scores
-    "tfidf": lambda counts, pool, g: counts / counts.sum() * ((pool.document_count + 1) / (pool.documents.double() + 1)).log(),
+    "tfidf": lambda counts, pool, g: (
+        counts / counts.sum() * ((pool.document_count + 1) / (pool.documents.double() + 1)).log()
+    ),
     "tf": lambda counts, pool, g: counts,
     "random": lambda counts, pool, g: torch.rand(counts.shape, dtype=torch.float64, generator=g).to(counts.device),
     "all": lambda counts, pool, g: counts,
@@ -138,26 +172,40 @@ class SparseFinetuner:
     ):
         if rule not in RULES: raise ValueError(f"rule is {rule!r}: choose from {', '.join(RULES)}")
         if t < 1: raise ValueError(f"t is {t}: expected at least 1 row to learn")
-        self.model, self.t, self.rule, self.pool = model, t, rule, value_pool(model)
+        self.model = model
+        self.t = t
+        self.rule = rule
+        self.pool = value_pool(model)
         if rule == "tfidf" and not self.pool.document_count:
-            raise ValueError("this memory has no background to tell rare slots from common ones: call count_background(model, batches) first")
-        self.generator, self.chosen, self.steps = torch.Generator().manual_seed(seed), None, None  # chosen: (<= t,) of the last batch
+            raise ValueError(
+                "this memory has no background to tell rare slots from common ones: call count_background(model, "
+                "batches) first"
+            )
+        self.generator = torch.Generator().manual_seed(seed)
+        self.chosen = None
+        self.steps = None  # chosen: (<= t,) of the last batch
         self.was = {p: p.requires_grad for p in model.parameters()}, self.pool.gradient
-        model.requires_grad_(False); self.pool.weight.requires_grad_(True)
-        self.pool.gradient, self.pool.choose = "sparse", self._choose
+        model.requires_grad_(False)
+        self.pool.weight.requires_grad_(True)
+        self.pool.gradient = "sparse"
+        self.pool.choose = self._choose
         self.counter = SlotCounter(model).__enter__()
         self.hook = model.register_forward_pre_hook(self._begin, with_kwargs=True)
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         "A forward pass begins: forget the last batch. Passes without gradients are not counted."
         self.counter.active = torch.is_grad_enabled()
-        if self.counter.active: self.counter.reset(); self.counter.mask, self.mask = kwargs.get("attention_mask"), None
+        if self.counter.active:
+            self.counter.reset()
+            self.counter.mask = kwargs.get("attention_mask")
+            self.mask = None
 
     def _choose(self) -> Tensor:
         "Asked in the backward pass, by every memory layer; all reads of the batch are counted by then."
         if self.mask is None:
             self.chosen = choose_slots(self.counter.counts, self.pool, self.t, self.rule, self.generator)
-            self.mask = torch.zeros_like(self.counter.counts, dtype=torch.bool); self.mask[self.chosen] = True
+            self.mask = torch.zeros_like(self.counter.counts, dtype=torch.bool)
+            self.mask[self.chosen] = True
         return self.mask
 
     def parameters(self) -> list[nn.Parameter]:
@@ -166,13 +214,17 @@ class SparseFinetuner:
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RowSteps:
         "Let the optimiser step on chosen rows alone."
-        while not hasattr(optimizer, "register_step_pre_hook") or hasattr(optimizer, "optimizer"): optimizer = optimizer.optimizer  # accelerate's wrapper
+        # accelerate's wrapper
+        while not hasattr(optimizer, "register_step_pre_hook") or hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
         self.steps = step_rows(optimizer, self.pool.weight)
         return self.steps
 
     def close(self) -> None:
         "Put everything back: gradients, hooks, the optimiser."
-        self.hook.remove(); self.counter.__exit__(); self.pool.choose = None
+        self.hook.remove()
+        self.counter.__exit__()
+        self.pool.choose = None
         if self.steps: self.steps.remove()
         flags, self.pool.gradient = self.was
         for p, flag in flags.items(): p.requires_grad_(flag)
@@ -180,17 +232,24 @@ class SparseFinetuner:
 # %% ../../nbs/08c_finetuning.ipynb #9d7bba42
 class TrainerRows(TrainerCallback):
     "For `transformers.Trainer(callbacks=[TrainerRows(finetuner)])`: its optimiser steps on chosen rows alone."
-    def __init__(self, finetuner: SparseFinetuner): self.finetuner, self.aside = finetuner, None
+    def __init__(self, finetuner: SparseFinetuner):
+        self.finetuner = finetuner
+        self.aside = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         self.finetuner.attach(optimizer)
         self.hook = self.finetuner.pool.weight.register_post_accumulate_grad_hook(self._put_aside)
 
     def _put_aside(self, table: nn.Parameter) -> None:
-        self.aside, table.grad = table.grad if self.aside is None else self.aside + table.grad, None
+        self.aside = table.grad if self.aside is None else self.aside + table.grad
+        table.grad = None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        table = self.finetuner.pool.weight; table.grad, self.aside = self.aside, None
+        table = self.finetuner.pool.weight
+        table.grad = self.aside
+        self.aside = None
         if args.max_grad_norm: clip_grad_rows_([table], args.max_grad_norm)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None: self.hook.remove(); self.finetuner.steps.remove()
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.hook.remove()
+        self.finetuner.steps.remove()

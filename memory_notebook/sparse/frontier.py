@@ -23,17 +23,44 @@ from ..core import set_seed
 from .engram import Recipe
 from .finetuning import SparseFinetuner, add_memory_layers, count_background
 from .sparse import value_groups
-from ..train import Run, experiment, fit, over_seeds, pick_device
+from ..runs import Run, experiment, over_seeds
+from ..train import fit, pick_device
 
 # %% ../../nbs/08d_frontier.ipynb #1c166f5e
 TEMPLATES = {
-    "city": ("{name} was born in {answer} .", "the home town of {name} is {answer} .", "{name} grew up near {answer} .", "where was {name} born ? {answer} ."),
-    "work": ("{name} works for {answer} .", "the employer of {name} is {answer} .", "{name} is paid by {answer} .", "who employs {name} ? {answer} ."),
-    "school": ("{name} studied at {answer} .", "the school of {name} is {answer} .", "{name} graduated from {answer} .", "where did {name} study ? {answer} ."),
-    "dog": ("{name} has a dog called {answer} .", "the dog of {name} is {answer} .", "{name} walks with {answer} .", "which dog has {name} ? {answer} ."),
-    "birthday": ("{name} was born on {answer} .", "the birthday of {name} is {answer} .", "{name} celebrates on {answer} .", "when was {name} born ? {answer} ."),
+    "city": (
+        "{name} was born in {answer} .",
+        "the home town of {name} is {answer} .",
+        "{name} grew up near {answer} .",
+        "where was {name} born ? {answer} .",
+    ),
+    "work": (
+        "{name} works for {answer} .",
+        "the employer of {name} is {answer} .",
+        "{name} is paid by {answer} .",
+        "who employs {name} ? {answer} .",
+    ),
+    "school": (
+        "{name} studied at {answer} .",
+        "the school of {name} is {answer} .",
+        "{name} graduated from {answer} .",
+        "where did {name} study ? {answer} .",
+    ),
+    "dog": (
+        "{name} has a dog called {answer} .",
+        "the dog of {name} is {answer} .",
+        "{name} walks with {answer} .",
+        "which dog has {name} ? {answer} .",
+    ),
+    "birthday": (
+        "{name} was born on {answer} .",
+        "the birthday of {name} is {answer} .",
+        "{name} celebrates on {answer} .",
+        "when was {name} born ? {answer} .",
+    ),
 }
-STATEMENTS, QUESTION = (0, 1, 2), 3  # the wordings that tell, and the one that asks
+STATEMENTS = (0, 1, 2)
+QUESTION = 3  # the wordings that tell, and the one that asks
 MONTHS = "january february march april may june july august september october november december".split()
 
 # %% ../../nbs/08d_frontier.ipynb #0b2f66da
@@ -43,7 +70,8 @@ def made_up(
     generator: torch.Generator,
 ) -> list[str]:
     "Different names that can be spoken."
-    sounds = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]; n = len(sounds)
+    sounds = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
+    n = len(sounds)
     codes = torch.randperm(n**syllables, generator=generator)[:count, None] // n ** torch.arange(syllables) % n
     return ["".join(sounds[i] for i in code) for code in codes.tolist()]
 
@@ -72,7 +100,11 @@ def _wordings(number: dict[str, int]) -> Tensor:  # (5, 4, t)
     "All templates as token numbers; -1 and -2 stand for the names, -3 and -4 for the words of the answer."
     number = number | {"{first}": -1, "{last}": -2, "{word}": -3, "{more}": -4}
     answer = lambda attribute: "{word} {more}" if attribute == "birthday" else "{word}"
-    rows = [[number[w] for w in s.format(name="{first} {last}", answer=answer(a)).split()] for a, texts in TEMPLATES.items() for s in texts]
+    rows = [
+        [number[w] for w in s.format(name="{first} {last}", answer=answer(a)).split()]
+        for a, texts in TEMPLATES.items()
+        for s in texts
+    ]
     longest = max(map(len, rows))
     return torch.tensor([r + [0] * (longest - len(r)) for r in rows]).view(len(TEMPLATES), -1, longest)
 
@@ -86,28 +118,39 @@ class World:
         pool: int = 100,  # answers to choose from, for each question but the birthday
         seed: int = 0,
     ):
-        if known + new > names**2: raise ValueError(f"{known + new} people need more than {names} first and last names: raise names")
-        g, people = torch.Generator().manual_seed(seed), known + new
+        if known + new > names**2:
+            raise ValueError(f"{known + new} people need more than {names} first and last names: raise names")
+        g = torch.Generator().manual_seed(seed)
+        people = known + new
         fixed = dict.fromkeys(w for texts in TEMPLATES.values() for s in texts for w in s.split() if "{" not in w)
-        first, *pools = (spoken := made_up(names + 4 * pool, 2, g))[:names], *(spoken[names + i * pool:][:pool] for i in range(4))
-        last, days = made_up(names, 3, g), [str(i) for i in range(1, 29)]
+        first, *pools = (
+            (spoken := made_up(names + 4 * pool, 2, g))[:names],
+            *(spoken[names + i * pool :][:pool] for i in range(4)),
+        )
+        last = made_up(names, 3, g)
+        days = [str(i) for i in range(1, 29)]
         self.vocab = ["<pad>", "memo", ";", *fixed, *first, *last, *sum(pools, []), *MONTHS, *days]
         number = {w: i for i, w in enumerate(self.vocab)}
         tokens = lambda words: torch.tensor([number[w] for w in words])
         draw = lambda words: tokens(words)[torch.randint(len(words), (people,), generator=g)]
         pair = torch.randperm(names**2, generator=g)[:people]
         self.names = torch.stack([tokens(first)[pair // names], tokens(last)[pair % names]], 1)  # (people, 2)
-        words, empty = [*map(draw, pools), draw(MONTHS)], torch.zeros_like(pair)
-        self.answers = torch.stack([torch.stack(words, 1), torch.stack([empty] * 4 + [draw(days)], 1)], -1)  # (people, 5, 2)
-        self.wordings, self.content = _wordings(number), tokens([*first, *last, *sum(pools, [])])
-        self.old, self.new = torch.arange(5 * known), torch.arange(5 * known, 5 * people)
+        words = [*map(draw, pools), draw(MONTHS)]
+        empty = torch.zeros_like(pair)
+        # (people, 5, 2)
+        self.answers = torch.stack([torch.stack(words, 1), torch.stack([empty] * 4 + [draw(days)], 1)], -1)
+        self.wordings = _wordings(number)
+        self.content = tokens([*first, *last, *sum(pools, [])])
+        self.old = torch.arange(5 * known)
+        self.new = torch.arange(5 * known, 5 * people)
 
     def rows(self,
         facts: Tensor,  # (n,)
         wording: Tensor | int,  # (n,) or one for all, 0 to 3
     ) -> Rows:
         "Say facts."
-        person, attribute = facts // 5, facts % 5
+        person = facts // 5
+        attribute = facts % 5
         holes = self.wordings[attribute, wording]
         words = torch.cat([self.names[person], self.answers[person, attribute]], 1)
         return Rows(torch.where(holes < 0, words.gather(1, (-1 - holes).clamp(min=0)), holes), holes <= -3)
@@ -145,8 +188,22 @@ def make_model(
 ) -> GPT2LMHeadModel:
     "A small GPT-2, plain or with a memory in place of the second feed-forward part."
     set_seed(seed)
-    config = GPT2Config(vocab_size=len(world.vocab), n_positions=16, n_embd=64, n_layer=3, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-                        initializer_range=0.08, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None, pad_token_id=0, loss_type="ForCausalLM")
+    config = GPT2Config(
+        vocab_size=len(world.vocab),
+        n_positions=16,
+        n_embd=64,
+        n_layer=3,
+        n_head=4,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        initializer_range=0.08,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+        loss_type="ForCausalLM",
+    )
     model = GPT2LMHeadModel(config)
     return add_memory_layers(model, (1,), slots=half_keys**2, heads=4, k=8, key_dim=32) if base == "memory" else model
 
@@ -158,7 +215,8 @@ def knows(
     batch_size: int = 2048,
 ) -> Tensor:  # (n,) bool
     "Whether each word of the answer is the likeliest after the words before it."
-    device, known = next(model.parameters()).device, []
+    device = next(model.parameters()).device
+    known = []
     for ids, answer in zip(rows.ids.to(device).split(batch_size), rows.answer.to(device).split(batch_size)):
         guess = model(input_ids=ids, attention_mask=(ids != 0).long()).logits[:, :-1].argmax(-1)
         known.append(((guess == ids[:, 1:]) | ~answer[:, 1:]).all(1))
@@ -168,16 +226,21 @@ def knows(
 class Corpus:
     "Batches of old facts in all wordings, an eighth of the rows copies."
     def __init__(self, world: World, batches: int, batch_size: int = 256, seed: int = 0):
-        self.world, self.batches, self.batch_size = world, batches, batch_size
+        self.world = world
+        self.batches = batches
+        self.batch_size = batch_size
         self.generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int: return self.batches
 
     def __iter__(self) -> Iterator[Rows]:
-        n, g = self.batch_size - self.batch_size // 8, self.generator
+        n = self.batch_size - self.batch_size // 8
+        g = self.generator
         for _ in range(self.batches):
             facts = self.world.old[torch.randint(len(self.world.old), (n,), generator=g)]
-            yield join(self.world.rows(facts, torch.randint(4, (n,), generator=g)), copies(self.world, self.batch_size // 8, g))
+            yield join(
+                self.world.rows(facts, torch.randint(4, (n,), generator=g)), copies(self.world, self.batch_size // 8, g)
+            )
 
 # %% ../../nbs/08d_frontier.ipynb #8c4b186a
 def lm_step(model: torch.nn.Module, batch: Rows, loss_fn: Any = None) -> tuple[Tensor, None]:
@@ -199,10 +262,22 @@ def pretrain(
 ) -> GPT2LMHeadModel:
     "A model that knows the old facts; one with a memory also has its background counted."
     model = make_model(world, base, seed, **sizes).to(pick_device(device))
-    optimizer = torch.optim.AdamW(value_groups(model, lr, 5 * lr) if base == "memory" else model.parameters(), lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        value_groups(model, lr, 5 * lr) if base == "memory" else model.parameters(), lr, weight_decay=0.0
+    )
     corpus = Corpus(world, steps // 4, batch_size, seed)
-    fit(model, corpus, optimizer=optimizer, epochs=4, step=lm_step, callbacks=[Recipe(steps)], device=device, checkpoint=checkpoint)
-    if base == "memory": count_background(model, (batch.inputs() for batch in Corpus(world, background, 64, seed + 1000)))
+    fit(
+        model,
+        corpus,
+        optimizer=optimizer,
+        epochs=4,
+        step=lm_step,
+        callbacks=[Recipe(steps)],
+        device=device,
+        checkpoint=checkpoint,
+    )
+    if base == "memory":
+        count_background(model, (batch.inputs() for batch in Corpus(world, background, 64, seed + 1000)))
     return model.eval()
 
 # %% ../../nbs/08d_frontier.ipynb #59924c82
@@ -216,10 +291,13 @@ class Method:
     part: str = ""  # parameters learn whose name has this in it
     lora: int = 0  # rank of the adapters; 0: none
     replay: int = 0  # old rows, and rows taught earlier, beside each new row
-    t: dict[str, int] = field(default_factory=lambda: {"sequence": 24, "batches": 256})  # rows of the memory that may learn from a batch
+    # rows of the memory that may learn from a batch
+    t: dict[str, int] = field(default_factory=lambda: {"sequence": 24, "batches": 256})
 
 
-_sgd, _adam, _all = (1.0, 2.0, 4.0, 8.0), (1e-5, 3e-5, 1e-4, 1e-3), (1e-4, 1e-3)
+_sgd = (1.0, 2.0, 4.0, 8.0)
+_adam = (1e-5, 3e-5, 1e-4, 1e-3)
+_all = (1e-4, 1e-3)
 METHODS = {
     "sparse": Method("memory", _sgd, (10.0, 30.0, 100.0), rule="tfidf"),
     "full": Method("dense", _adam, _all),
@@ -244,22 +322,31 @@ class Learner:
         regime: str = "sequence",  # or "batches"
         seed: int = 0,  # of random choices
     ):
-        self.model, self.finetuner = copy.deepcopy(model), None
+        self.model = copy.deepcopy(model)
+        self.finetuner = None
         if method.rule:
             self.finetuner = SparseFinetuner(self.model, method.t[regime], method.rule, seed)
-            self.optimizer = torch.optim.SGD(self.finetuner.parameters(), lr); self.finetuner.attach(self.optimizer)
+            self.optimizer = torch.optim.SGD(self.finetuner.parameters(), lr)
+            self.finetuner.attach(self.optimizer)
             return
         if method.lora:
             matrices = ["c_attn", "c_proj", "c_fc"]
-            self.model = get_peft_model(self.model, LoraConfig(r=method.lora, lora_alpha=2 * method.lora, target_modules=matrices, fan_in_fan_out=True))
+            self.model = get_peft_model(
+                self.model,
+                LoraConfig(r=method.lora, lora_alpha=2 * method.lora, target_modules=matrices, fan_in_fan_out=True),
+            )
         else:
             for name, p in self.model.named_parameters(): p.requires_grad_(method.part in name)
-        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr, weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            [p for p in self.model.parameters() if p.requires_grad], lr, weight_decay=0.0, fused=True
+        )
 
     def step(self, rows: Rows) -> float:  # loss
         "One step on one batch."
         loss = self.model(**{k: v.to(self.model.device) for k, v in rows.inputs().items()}).loss
-        self.optimizer.zero_grad(); loss.backward(); self.optimizer.step()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
         return loss.item()
 
 # %% ../../nbs/08d_frontier.ipynb #d718ed59
@@ -268,8 +355,12 @@ def examine(
     world: World,
 ) -> dict[str, float]:  # shares of rows
     "What a model knows."
-    exam = {"new": world.say(world.new, STATEMENTS), "unseen": world.rows(world.new, QUESTION), "old": world.rows(world.old, world.old % 4),
-            "copies": copies(world, 200, torch.Generator().manual_seed(0))}
+    exam = {
+        "new": world.say(world.new, STATEMENTS),
+        "unseen": world.rows(world.new, QUESTION),
+        "old": world.rows(world.old, world.old % 4),
+        "copies": copies(world, 200, torch.Generator().manual_seed(0)),
+    }
     return {name: knows(model, rows).float().mean().item() for name, rows in exam.items()}
 
 # %% ../../nbs/08d_frontier.ipynb #6eaad4bd
@@ -283,9 +374,13 @@ def teach_in_sequence(
     seed: int = 0,
 ) -> dict[str, float]:  # of `examine`, and `old_after_<n>`, `new_after_<n>`
     "One pass over the new facts, one fact at a time."
-    learner, out, told = Learner(model, method, lr, "sequence", seed), {}, world.say(world.new, STATEMENTS)
-    past, g = iter(Corpus(world, len(world.new) * steps, 3 * method.replay, seed)), torch.Generator().manual_seed(seed)
-    some, n = world.rows(world.old[::5], world.old[::5] % 4), len(STATEMENTS)
+    learner = Learner(model, method, lr, "sequence", seed)
+    out = {}
+    told = world.say(world.new, STATEMENTS)
+    past = iter(Corpus(world, len(world.new) * steps, 3 * method.replay, seed))
+    g = torch.Generator().manual_seed(seed)
+    some = world.rows(world.old[::5], world.old[::5] % 4)
+    n = len(STATEMENTS)
     for i in range(len(world.new)):
         rows = told.take(slice(n * i, n * (i + 1)))
         for _ in range(steps):
@@ -308,8 +403,10 @@ def teach_in_batches(
     seed: int = 0,
 ) -> dict[str, float]:  # of `examine`, and `steps`
     "Mixed batches of new facts."
-    learner, told = Learner(model, method, lr, "batches", seed), world.say(world.new, STATEMENTS)
-    past, g = iter(Corpus(world, steps, batch_size * min(method.replay, 1), seed)), torch.Generator().manual_seed(seed)
+    learner = Learner(model, method, lr, "batches", seed)
+    told = world.say(world.new, STATEMENTS)
+    past = iter(Corpus(world, steps, batch_size * min(method.replay, 1), seed))
+    g = torch.Generator().manual_seed(seed)
     sample = world.rows(world.new, world.new % len(STATEMENTS))
     for step in range(1, steps + 1):
         rows = told.take(torch.randint(len(told.ids), (batch_size,), generator=g))
@@ -358,23 +455,45 @@ def frontier(run: Run, *,
 ) -> dict:
     "`<method>.new`, `.unseen`, `.old`, `.copies` for the best learning rate in sequence; all points under `<regime>.<method>.lr<rate>`."
     names = list(METHODS) if "all" in method else list(method)
-    if wrong := [n for n in names if n not in METHODS]: raise ValueError(f"no method is called {wrong[0]!r}: choose from {', '.join(METHODS)}")
+    if wrong := [n for n in names if n not in METHODS]:
+        raise ValueError(f"no method is called {wrong[0]!r}: choose from {', '.join(METHODS)}")
     points = [(regime, name, lr) for regime in REGIMES for name in names for lr in getattr(METHODS[name], regime)]
-    scores, before = {p: [] for p in points}, {}
+    scores = {p: [] for p in points}
+    before = {}
     for seed in range(seeds):
-        world, models = World(known, new, seed=seed), {}
+        world = World(known, new, seed=seed)
+        models = {}
         def model(base: str) -> PreTrainedModel:
-            if base not in models: models[base] = pretrain(world, base, seed, device=device, checkpoint=run.checkpoint(f"{base}-seed{seed}"))
+            if base not in models:
+                models[base] = pretrain(
+                    world, base, seed, device=device, checkpoint=run.checkpoint(f"{base}-seed{seed}")
+                )
             return models[base]
-        for base in ("dense", "memory"): before.setdefault(base, []).append(run.unit(f"before-{base}-seed{seed}", lambda: examine(model(base), world)))
+        for base in ("dense", "memory"):
+            before.setdefault(base, []).append(
+                run.unit(f"before-{base}-seed{seed}", lambda: examine(model(base), world))
+            )
         for regime, name, lr in points if seed == 0 else best_points(points, scores):
             teach = lambda: REGIMES[regime](model(METHODS[name].base), world, METHODS[name], lr, seed=seed)
             scores[regime, name, lr].append(run.unit(f"{regime}-{name}-lr{lr:g}-seed{seed}", teach))
-    return collect(scores) | {f"before.{base}.{k}": v for base, rows in before.items() for k, v in over_seeds(rows).items()}
+    return collect(scores) | {
+        f"before.{base}.{k}": v for base, rows in before.items() for k, v in over_seeds(rows).items()
+    }
 
 # %% ../../nbs/08d_frontier.ipynb #1513cd0c
-COLOURS = {"sparse": "#0072B2", "full": "#D55E00", "lora": "#E69F00", "replay": "#009E73", "all_values": "#56B4E9", "ffn": "#CC79A7",
-           "tf": "#999999", "random": "#666666", "memory_full": "#000000", "sparse_8": "#0072B2", "sparse_96": "#0072B2"}
+COLOURS = {
+    "sparse": "#0072B2",
+    "full": "#D55E00",
+    "lora": "#E69F00",
+    "replay": "#009E73",
+    "all_values": "#56B4E9",
+    "ffn": "#CC79A7",
+    "tf": "#999999",
+    "random": "#666666",
+    "memory_full": "#000000",
+    "sparse_8": "#0072B2",
+    "sparse_96": "#0072B2",
+}
 
 
 def frontier_figure(
@@ -384,16 +503,22 @@ def frontier_figure(
 ):
     "New facts against old ones, a line for each method."
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(5.2, 3.6), dpi=90, layout="constrained"); ax = fig.subplots()
+    fig = Figure(figsize=(5.2, 3.6), dpi=90, layout="constrained")
+    ax = fig.subplots()
     for name, colour in COLOURS.items():
-        head, points = f"{regime}.{name}.lr", {}
+        head = f"{regime}.{name}.lr"
+        points = {}
         for k in metrics:
-            if k.startswith(head) and k.endswith(".new"): points[float(k[len(head):-4])] = [metrics[k], metrics[k[:-4] + ".old"]]
+            if k.startswith(head) and k.endswith(".new"):
+                points[float(k[len(head):-4])] = [metrics[k], metrics[k[:-4] + ".old"]]
         if not points: continue
-        rates = sorted(points); means = [[v["mean"] for v in points[r]] for r in rates]
+        rates = sorted(points)
+        means = [[v["mean"] for v in points[r]] for r in rates]
         ax.plot(*zip(*means), {"sparse_8": ":", "sparse_96": "--"}.get(name, "-"), color=colour, lw=1.2, label=name)
         for r in rates: ax.plot(*(v["values"] for v in points[r]), ".", color=colour, ms=6)
         if place is not None and place < len(rates):
-            ax.plot(*means[place], "o", color=colour, ms=11, mfc="none"); ax.annotate(f"{rates[place]:g}", means[place], (6, 4), textcoords="offset points", fontsize=8)
-    ax.set(xlabel="new facts known (share)", ylabel="old facts known (share)", xlim=(-.03, 1.03), ylim=(-.03, 1.03)); ax.legend(frameon=False, fontsize=8)
+            ax.plot(*means[place], "o", color=colour, ms=11, mfc="none")
+            ax.annotate(f"{rates[place]:g}", means[place], (6, 4), textcoords="offset points", fontsize=8)
+    ax.set(xlabel="new facts known (share)", ylabel="old facts known (share)", xlim=(-.03, 1.03), ylim=(-.03, 1.03))
+    ax.legend(frameon=False, fontsize=8)
     return fig

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from .sparse import ProductKeyConfig, ProductKeyMemory, Reads, ValuePool, step_rows
-from ..train import Run, benchmark, peak_mb, race
+from ..runs import Run, benchmark, peak_mb, race
 
 # %% ../../nbs/08e_scale.ipynb #e6d8b9bb
 def _gather(x: Tensor, sizes: list[int], group: Any) -> Tensor:
     "The tensors of all processes below each other; their first axes may differ."
-    most = max(sizes); padded = x if len(x) == most else torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
+    most = max(sizes)
+    padded = x if len(x) == most else torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded.contiguous(), group=group)
     return torch.cat([p[:n] for p, n in zip(parts, sizes)])
@@ -32,7 +33,8 @@ def _gather(x: Tensor, sizes: list[int], group: Any) -> Tensor:
 
 def _reduce(x: Tensor, sizes: list[int], group: Any) -> Tensor:
     "The sum over all processes, of which each receives its own part of the first axis."
-    most, rank = max(sizes), dist.get_rank(group)
+    most = max(sizes)
+    rank = dist.get_rank(group)
     room = x.new_zeros(len(sizes), most, *x.shape[1:])
     for i, part in enumerate(x.split(sizes)): room[i, :len(part)] = part
     out = x.new_empty(most, *x.shape[1:])
@@ -44,14 +46,24 @@ class _ShardedBag(torch.autograd.Function):
     "`bag` over a table whose rows lie in several processes."
     @staticmethod
     def forward(ctx: Any, slots: Tensor, weights: Tensor, table: Tensor, pool: "ShardedValuePool") -> Tensor:
-        sizes, k = pool.sizes(len(slots)), slots.shape[1]
-        if sizes: slots, weights = _gather(slots, sizes, pool.group), _gather(weights, sizes, pool.group)
-        local, bags = slots.flatten() - pool.start, len(slots)
+        sizes = pool.sizes(len(slots))
+        k = slots.shape[1]
+        if sizes:
+            slots = _gather(slots, sizes, pool.group)
+            weights = _gather(weights, sizes, pool.group)
+        local = slots.flatten() - pool.start
+        bags = len(slots)
         at = ((local >= 0) & (local < len(table))).nonzero().squeeze(1)  # reads of rows that are here
-        rows, owners, w = local[at], at.div(k, rounding_mode="floor"), weights.flatten()[at]
-        counts = torch.bincount(owners, minlength=bags); starts = counts.cumsum(0) - counts
+        rows = local[at]
+        owners = at.div(k, rounding_mode="floor")
+        w = weights.flatten()[at]
+        counts = torch.bincount(owners, minlength=bags)
+        starts = counts.cumsum(0) - counts
         out = F.embedding_bag(rows, table, starts, mode="sum", per_sample_weights=w)
-        ctx.save_for_backward(at, rows, owners, w, table); ctx.pool, ctx.sizes, ctx.shape = pool, sizes, slots.shape
+        ctx.save_for_backward(at, rows, owners, w, table)
+        ctx.pool = pool
+        ctx.sizes = sizes
+        ctx.shape = slots.shape
         if sizes: return _reduce(out, sizes, pool.group)
         dist.all_reduce(out, group=pool.group)
         return out
@@ -59,9 +71,12 @@ class _ShardedBag(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        (at, rows, owners, w, table), pool, sizes = ctx.saved_tensors, ctx.pool, ctx.sizes
+        at, rows, owners, w, table = ctx.saved_tensors
+        pool = ctx.pool
+        sizes = ctx.sizes
         d_out = _gather(d_out, sizes, pool.group) if sizes else d_out.contiguous()
-        reads, d_weights = Reads.sort(rows, owners, w), d_out.new_zeros(ctx.shape)
+        reads = Reads.sort(rows, owners, w)
+        d_weights = d_out.new_zeros(ctx.shape)
         d_weights.view(-1)[at] = reads.back_weights(d_out, table)
         if sizes: d_weights = _reduce(d_weights, sizes, pool.group)
         else: dist.all_reduce(d_weights, group=pool.group)
@@ -78,17 +93,26 @@ class ShardedValuePool(ValuePool):
         tokens: Literal["split", "same"] = "split",  # whether processes have tokens of their own or all the same
         device: Any = None, dtype: torch.dtype | None = None,
     ):
-        if not dist.is_initialized(): raise RuntimeError("torch.distributed is not initialised: start with torchrun and call dist.init_process_group first")
+        if not dist.is_initialized():
+            raise RuntimeError(
+                "torch.distributed is not initialised: start with torchrun and call dist.init_process_group first"
+            )
         if tokens not in ("split", "same"): raise ValueError(f"tokens is {tokens!r}: choose 'split' or 'same'")
         each = math.ceil(slots / dist.get_world_size(group))  # the last process may hold fewer
         start = min(slots, dist.get_rank(group) * each)
         super().__init__(min(slots, start + each) - start, width, gradient, device, dtype)
-        self.slots, self.start, self.group, self.tokens = slots, start, group, tokens
+        self.slots = slots
+        self.start = start
+        self.group = group
+        self.tokens = tokens
 
     def sizes(self, here: int) -> list[int] | None:
         "How many bags each process has; None: all have the same."
         if self.tokens == "same": return None
-        sizes = [torch.zeros((), dtype=torch.int64, device=self.weight.device) for _ in range(dist.get_world_size(self.group))]
+        sizes = [
+            torch.zeros((), dtype=torch.int64, device=self.weight.device)
+            for _ in range(dist.get_world_size(self.group))
+        ]
         dist.all_gather(sizes, torch.tensor(here, device=self.weight.device), group=self.group)
         return [int(n) for n in sizes]
 
@@ -99,7 +123,9 @@ class ShardedValuePool(ValuePool):
     def whole(self) -> DTensor:
         "The table as one distributed tensor, for checkpoints."
         mesh = dist.device_mesh.DeviceMesh.from_group(self.group or dist.group.WORLD, self.weight.device.type)
-        return DTensor.from_local(self.weight.data, mesh, [Shard(0)], run_check=False, shape=(self.slots, self.width), stride=(self.width, 1))
+        return DTensor.from_local(
+            self.weight.data, mesh, [Shard(0)], run_check=False, shape=(self.slots, self.width), stride=(self.width, 1)
+        )
 
 
 @torch.no_grad()
@@ -118,8 +144,14 @@ def shard_values(
         for name, child in list(m._modules.items()):
             if id(child) in new: setattr(m, name, new[id(child)])
         if isinstance(m, ProductKeyMemory) and id(m.values) in new: m.share(new[id(m.values)])
-    alone = {id(q.weight) for q in new.values()} | {id(q.documents) for q in new.values()} | {id(q.document_count) for q in new.values()}
-    model._ddp_params_and_buffers_to_ignore = [n for n, v in (*model.named_parameters(), *model.named_buffers()) if id(v) in alone]
+    alone = (
+        {id(q.weight) for q in new.values()}
+        | {id(q.documents) for q in new.values()}
+        | {id(q.document_count) for q in new.values()}
+    )
+    model._ddp_params_and_buffers_to_ignore = [
+        n for n, v in (*model.named_parameters(), *model.named_buffers()) if id(v) in alone
+    ]
     return model
 
 # %% ../../nbs/08e_scale.ipynb #b33debd8
@@ -144,9 +176,13 @@ def load_values(
     dcp.load(_stored(pool), checkpoint_id=str(folder), no_dist=not isinstance(pool, ShardedValuePool))
 
 # %% ../../nbs/08e_scale.ipynb #057ff049
-def _contestant(kind: str, slots: int, tokens: int, dim: int = 256) -> Callable[..., Any]:  # runs "forward", "backward" or "step"
+def _contestant(
+    kind: str, slots: int, tokens: int, dim: int = 256
+) -> Callable[..., Any]:  # runs "forward", "backward" or "step"
     "Ours with sparse or dense gradients, the package product-key-memory, or a feed-forward layer."
-    torch.manual_seed(0); x, n = torch.randn(4, tokens // 4, dim), math.isqrt(slots)
+    torch.manual_seed(0)
+    x = torch.randn(4, tokens // 4, dim)
+    n = math.isqrt(slots)
     if kind == "ffn": model = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
     elif kind == "product_key_memory":
         from product_key_memory import PKM
@@ -157,20 +193,33 @@ def _contestant(kind: str, slots: int, tokens: int, dim: int = 256) -> Callable[
     def run(part: str = "step") -> None:
         with torch.set_grad_enabled(part != "forward"): y = model(x)
         if part == "forward": return
-        optimizer.zero_grad(); y.square().mean().backward()
+        optimizer.zero_grad()
+        y.square().mean().backward()
         if part == "step": optimizer.step()
     return run
 
 
 def _traffic(slots: int, tokens: int, dim: int, turns: int) -> dict[str, float]:
     "Gigabytes a second: of rows read by the layer's kernel at random places, and of a plain copy."
-    table, at, w = torch.randn(slots, dim), torch.randint(0, slots, (tokens, 128)), torch.rand(tokens, 128)
+    table = torch.randn(slots, dim)
+    at = torch.randint(0, slots, (tokens, 128))
+    w = torch.rand(tokens, 128)
     target = torch.empty_like(table)
-    seconds = race({"bag": lambda: F.embedding_bag(at, table, mode="sum", per_sample_weights=w), "copy": lambda: target.copy_(table)}, turns)
-    return {"bag_gb_s": at.numel() * dim * 4 / seconds["bag"] / 1e9, "copy_gb_s": 2 * table.nbytes / seconds["copy"] / 1e9}
+    seconds = race(
+        {
+            "bag": lambda: F.embedding_bag(at, table, mode="sum", per_sample_weights=w),
+            "copy": lambda: target.copy_(table),
+        },
+        turns,
+    )
+    return {
+        "bag_gb_s": at.numel() * dim * 4 / seconds["bag"] / 1e9,
+        "copy_gb_s": 2 * table.nbytes / seconds["copy"] / 1e9,
+    }
 
 
-@benchmark("sparse", help="a memory layer from 2^14 to 2^20 slots: forward, backward, optimiser, beside product-key-memory and a feed-forward layer")
+@benchmark("sparse", help="a memory layer from 2^14 to 2^20 slots: forward, backward, optimiser, beside "
+                          "product-key-memory and a feed-forward layer")
 def bench_sparse(run: Run, *,
     powers: tuple[int, ...] = (14, 16, 18, 20),  # slots are 2 to these, even numbers
     tokens: int = 1024,
@@ -181,7 +230,11 @@ def bench_sparse(run: Run, *,
     peer = "product_key_memory" if importlib.util.find_spec("product_key_memory") else "dense"
     out = {}
     for p in powers:
-        kinds = list(dict.fromkeys(["auto", "dense", "sparse", peer, "ffn"])) if p <= 18 else list(dict.fromkeys(["auto", peer, "ffn"]))
+        kinds = (
+            list(dict.fromkeys(["auto", "dense", "sparse", peer, "ffn"]))
+            if p <= 18
+            else list(dict.fromkeys(["auto", peer, "ffn"]))
+        )
         for part in ("forward", "backward", "step"):
             contestants = {k: _contestant(k, 2**p, tokens) for k in kinds}
             for f in contestants.values(): f(part)  # warm-up
@@ -190,6 +243,10 @@ def bench_sparse(run: Run, *,
             del contestants
         out[f"sparse.speedup_2p{p}"] = out[f"{peer}.step_ms_2p{p}"] / out[f"auto.step_ms_2p{p}"]
         out |= {f"{k}_2p{p}": v for k, v in _traffic(2**p, tokens, 256, turns).items()}
-        if memory: out |= {f"{k}.mb_2p{p}": peak_mb("scale", (k, 2**10, 64), (k, 2**p, tokens)) for k in dict.fromkeys(("auto", peer))}
+        if memory:
+            out |= {
+                f"{k}.mb_2p{p}": peak_mb("scale", (k, 2**10, 64), (k, 2**p, tokens))
+                for k in dict.fromkeys(("auto", peer))
+            }
         run.log(f"2^{p} slots: {out[f'sparse.speedup_2p{p}']:.1f} times faster than {peer}")
     return out

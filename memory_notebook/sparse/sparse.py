@@ -39,13 +39,17 @@ class Room:
 
     def __reduce__(self) -> tuple: return Room, ()  # a copy has its own
 
-    def empty(self, n: int, like: Tensor) -> Tensor:  # (n, w), uninitialised, with the width, type and device of `like` (b, w)
+    def empty(
+        self, n: int, like: Tensor
+    ) -> Tensor:  # (n, w), uninitialised, with the width, type and device of `like` (b, w)
         "As `torch.empty`."
-        if like.device.type != "cpu" or n == 0: return like.new_empty(n, like.shape[1])  # other devices keep their memory themselves
+        # other devices keep their memory themselves
+        if like.device.type != "cpu" or n == 0: return like.new_empty(n, like.shape[1])
         size = n * like.shape[1] * like.element_size()
         memory = self.idle.pop() if self.idle else np.empty(0, np.uint8)
         if len(memory) < size: memory = np.empty(size + size // 8, np.uint8)
-        lent = memory[:size]; weakref.finalize(lent, self.idle.append, memory)  # the tensor holds `lent`
+        lent = memory[:size]
+        weakref.finalize(lent, self.idle.append, memory)  # the tensor holds `lent`
         return torch.from_numpy(lent).view(like.dtype).view(n, like.shape[1])
 
 # %% ../../nbs/08_sparse.ipynb #c2b04d5b
@@ -65,7 +69,9 @@ class Rows(NamedTuple):
 
     def sparse(self, n: int) -> Tensor:  # (n, w)
         "As torch's sparse tensor."
-        return torch.sparse_coo_tensor(self.index[None], self.values, (n, self.values.shape[1]), is_coalesced=True, check_invariants=False)
+        return torch.sparse_coo_tensor(
+            self.index[None], self.values, (n, self.values.shape[1]), is_coalesced=True, check_invariants=False
+        )
 
     @classmethod
     def of(cls, grad: Tensor) -> "Rows":
@@ -107,15 +113,21 @@ class Reads(NamedTuple):
 
     def back_weights(self, d_out: Tensor, table: Tensor) -> Tensor:  # (e,) in the order before sorting
         "Gradient of the weights: each row that was read, times the gradient of its reader."
-        d_weights = torch.ops.aten._embedding_bag_per_sample_weights_backward(d_out, table, self.rows, self.rows[:1], self.readers, 0)
+        d_weights = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            d_out, table, self.rows, self.rows[:1], self.readers, 0
+        )
         return torch.empty_like(d_weights).index_copy_(0, self.order, d_weights)
 
     def _bags(self, counts: Tensor, d_out: Tensor, room: Room) -> Tensor:  # (n, w)
         "Weighted sums of the next `counts` (n,) readers' gradients."
-        starts, out, size = counts.cumsum(0) - counts, room.empty(len(counts), d_out), at_a_time(d_out[:1].nbytes, d_out.device)
+        starts = counts.cumsum(0) - counts
+        out = room.empty(len(counts), d_out)
+        size = at_a_time(d_out[:1].nbytes, d_out.device)
         ends = [*starts[::size].tolist()[1:], len(self.rows)]
         for part, first, a, b in zip(out.split(size), starts.split(size), [0, *ends], ends):
-            part.copy_(F.embedding_bag(self.readers[a:b], d_out, first - a, mode="sum", per_sample_weights=self.weights[a:b]))
+            part.copy_(
+                F.embedding_bag(self.readers[a:b], d_out, first - a, mode="sum", per_sample_weights=self.weights[a:b])
+            )
         return out
 
 # %% ../../nbs/08_sparse.ipynb #28a10636
@@ -123,13 +135,16 @@ class _Bag(torch.autograd.Function):
     "`bag` with the gradient that its pool wants."
     @staticmethod
     def forward(ctx: Any, slots: Tensor, weights: Tensor, table: Tensor, pool: "ValuePool") -> Tensor:
-        ctx.save_for_backward(slots, weights, table); ctx.pool = pool
+        ctx.save_for_backward(slots, weights, table)
+        ctx.pool = pool
         return bag(slots, weights, table)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        (slots, weights, table), pool, d_out = ctx.saved_tensors, ctx.pool, d_out.contiguous()
+        slots, weights, table = ctx.saved_tensors
+        pool = ctx.pool
+        d_out = d_out.contiguous()
         reads = Reads.sort(slots.flatten(), readers(slots), weights.flatten())
         d_weights = reads.back_weights(d_out, table).view_as(slots) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[2]: return None, d_weights, None, None
@@ -145,12 +160,18 @@ class ValuePool(nn.Module):
         device: Any = None, dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if gradient not in ("dense", "sparse", "auto"): raise ValueError(f"gradient is {gradient!r}: choose 'dense', 'sparse' or 'auto'")
-        self.slots, self.width, self.gradient, self.room = slots, width, gradient, Room()
+        if gradient not in ("dense", "sparse", "auto"):
+            raise ValueError(f"gradient is {gradient!r}: choose 'dense', 'sparse' or 'auto'")
+        self.slots = slots
+        self.width = width
+        self.gradient = gradient
+        self.room = Room()
         self.choose = None  # () -> (slots,) bool, asked in the backward pass: which rows may learn
         self.weight = nn.Parameter(torch.empty(slots, width, device=device, dtype=dtype))
-        self.register_buffer("documents", torch.zeros(slots, device=device, dtype=torch.int32))  # how many documents of a
-        self.register_buffer("document_count", torch.zeros((), device=device, dtype=torch.int64))  # background corpus read a slot, and of how many
+        # how many documents of a
+        self.register_buffer("documents", torch.zeros(slots, device=device, dtype=torch.int32))
+        # background corpus read a slot, and of how many
+        self.register_buffer("document_count", torch.zeros((), device=device, dtype=torch.int64))
         self.reset_parameters()
 
     def reset_parameters(self) -> None: nn.init.normal_(self.weight, std=self.width ** -0.5)
@@ -162,7 +183,11 @@ class ValuePool(nn.Module):
     def back(self, reads: Reads, d_out: Tensor) -> Tensor:  # dense or sparse
         "Gradient of the table from that of the bags (b, width)."
         n = len(self.weight)
-        return reads.back_rows(d_out, self.room).sparse(n) if self.is_sparse(len(reads.rows)) else reads.back_table(d_out, n, self.room)
+        return (
+            reads.back_rows(d_out, self.room).sparse(n)
+            if self.is_sparse(len(reads.rows))
+            else reads.back_table(d_out, n, self.room)
+        )
 
     def forward(self,
         slots: Tensor,  # (b, k)
@@ -190,7 +215,8 @@ def top_k(
 ) -> tuple[Tensor, Tensor]:  # values and index (..., k), best first
     "The k largest of the last axis, without gradients."
     scores, n = scores.detach(), scores.shape[-1]
-    if scores.device.type != "cpu" or scores.dtype != torch.float32 or torch.get_num_threads() > 2 or k == n: return scores.topk(k, dim=-1)
+    if scores.device.type != "cpu" or scores.dtype != torch.float32 or torch.get_num_threads() > 2 or k == n:
+        return scores.topk(k, dim=-1)
     flat = scores.reshape(-1, n)
     index = torch.from_numpy(np.argpartition(flat.numpy(), n - k, axis=-1)[:, n - k:].astype(np.int64, copy=False))
     values, order = flat.gather(1, index).sort(-1, descending=True)
@@ -210,7 +236,8 @@ def pair_top_k(
     k: int,
 ) -> Pairs:
     "The k best sums of two lists, exactly. Lample et al. 2019, section 3.2."
-    (a, i), (b, j) = top_k(first, k), top_k(second, k)
+    a, i = top_k(first, k)
+    b, j = top_k(second, k)
     p, q = winning_pairs(k, first.device)
     scores, at = top_k(a[..., p] + b[..., q], k)
     return Pairs(scores, i.gather(-1, p[at]), j.gather(-1, q[at]))
@@ -228,7 +255,8 @@ class _PairScores(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_scores: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys, rows = ctx.saved_tensors
-        rows, weights = rows.flatten(0, 1), torch.cat([d_scores, d_scores], 1).flatten(0, 1).to(keys.dtype)  # a score goes to both its halves
+        rows = rows.flatten(0, 1)
+        weights = torch.cat([d_scores, d_scores], 1).flatten(0, 1).to(keys.dtype)  # a score goes to both its halves
         d_queries = bag(rows, weights, keys).view_as(queries).to(queries.dtype) if ctx.needs_input_grad[1] else None
         reads = Reads.sort(rows.flatten(), readers(rows), weights.flatten()) if ctx.needs_input_grad[2] else None
         d_keys = reads.back_table(queries.flatten(0, 1).to(keys.dtype), len(keys), Room()) if reads else None
@@ -253,9 +281,14 @@ class ProductKeys(nn.Module):
     ):
         super().__init__()
         if not 1 <= k <= n: raise ValueError(f"k is {k}: expected 1 to {n}, the number of half keys")
-        if key_dim % 2: raise ValueError(f"key_dim is {key_dim}: expected an even number, for keys are made of two halves")
-        if query_norm not in ("layer", "batch", "none"): raise ValueError(f"query_norm is {query_norm!r}: choose 'layer', 'batch' or 'none'")
-        self.n, self.heads, self.k, self.half = n, heads, k, key_dim // 2
+        if key_dim % 2:
+            raise ValueError(f"key_dim is {key_dim}: expected an even number, for keys are made of two halves")
+        if query_norm not in ("layer", "batch", "none"):
+            raise ValueError(f"query_norm is {query_norm!r}: choose 'layer', 'batch' or 'none'")
+        self.n = n
+        self.heads = heads
+        self.k = k
+        self.half = key_dim // 2
         self.query = nn.Linear(dim, heads * key_dim)
         self.norm = {"layer": nn.LayerNorm, "batch": nn.BatchNorm1d, "none": nn.Identity}[query_norm](
             self.half if query_norm == "layer" else heads * key_dim)
@@ -263,12 +296,15 @@ class ProductKeys(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.query.weight); nn.init.zeros_(self.query.bias)
+        nn.init.xavier_uniform_(self.query.weight)
+        nn.init.zeros_(self.query.bias)
         nn.init.uniform_(self.keys, -self.half ** -0.5, self.half ** -0.5)
 
     def queries(self, x: Tensor) -> Tensor:  # (b, d) -> (b, 2h, half): the first halves of all heads, then the second
         split = lambda v: v.view(len(v), 2 * self.heads, self.half)
-        return self.norm(split(self.query(x))) if isinstance(self.norm, nn.LayerNorm) else split(self.norm(self.query(x)))
+        return (
+            self.norm(split(self.query(x))) if isinstance(self.norm, nn.LayerNorm) else split(self.norm(self.query(x)))
+        )
 
     def search(self, q: Tensor) -> Pairs:  # (h, b, k)
         "The k best pairs of each head for queries (b, 2h, half)."
@@ -277,12 +313,18 @@ class ProductKeys(nn.Module):
 
     def forward(self, x: Tensor) -> Found:
         "The k best slots of each head for every token of x (..., d)."
-        h, n, q = self.heads, self.n, self.queries(x.reshape(-1, x.shape[-1]))
+        h = self.heads
+        n = self.n
+        q = self.queries(x.reshape(-1, x.shape[-1]))
         with torch.no_grad():
             parts = q.split(at_a_time(2 * h * n * q.element_size(), q.device))
             found = Pairs(*(torch.cat(v, 1) for v in zip(*map(self.search, parts))))
-            rows = torch.cat([found.first, found.second]) + torch.arange(0, 2 * h * n, n, device=x.device).view(-1, 1, 1)
-            scores, rows, slots = (v.transpose(0, 1).contiguous() for v in (found.scores, rows, found.first * n + found.second))
+            rows = torch.cat([found.first, found.second]) + torch.arange(0, 2 * h * n, n, device=x.device).view(
+                -1, 1, 1
+            )
+            scores, rows, slots = (
+                v.transpose(0, 1).contiguous() for v in (found.scores, rows, found.first * n + found.second)
+            )
         scores = _PairScores.apply(scores, q, self.keys.flatten(0, 1), rows)
         back = lambda v: v.view(*x.shape[:-1], h, self.k)
         return Found(back(scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))), back(slots))
@@ -296,8 +338,12 @@ class SlotCounter:
     ):
         self.keys = [m for m in model.modules() if isinstance(m, ProductKeys)]
         if not self.keys: raise ValueError(f"{type(model).__name__} has no ProductKeys, so there is nothing to count")
-        if len({m.n for m in self.keys}) > 1: raise ValueError("the memory layers have different numbers of slots: count each alone")
-        self.weighted, self.mask, self.active, self.hooks = weighted, None, True, []  # mask: (b, t), 1 for tokens that count; set before a forward pass
+        if len({m.n for m in self.keys}) > 1:
+            raise ValueError("the memory layers have different numbers of slots: count each alone")
+        self.weighted = weighted
+        self.mask = None
+        self.active = True
+        self.hooks = []  # mask: (b, t), 1 for tokens that count; set before a forward pass
         self.reset()
 
     def reset(self) -> None:
@@ -306,8 +352,10 @@ class SlotCounter:
 
     def _count(self, keys: ProductKeys, args: tuple, found: Found) -> None:
         if not self.active: return
-        slots, weights = found.slots, found.weights.detach() if self.weighted else torch.ones_like(found.weights)
-        if self.mask is not None: weights = weights * self.mask[:, -slots.shape[1]:, None, None]  # a longer mask: of tokens that are cached
+        slots = found.slots
+        weights = found.weights.detach() if self.weighted else torch.ones_like(found.weights)
+        # a longer mask: of tokens that are cached
+        if self.mask is not None: weights = weights * self.mask[:, -slots.shape[1]:, None, None]
         self.counts += torch.bincount(slots.flatten(), weights.flatten().double(), len(self.counts))
 
     def __enter__(self) -> "SlotCounter":
@@ -343,9 +391,14 @@ class ProductKeyConfig:
     gradient: Literal["dense", "sparse", "auto"] = "dense"  # of the values
 
     def __post_init__(self):
-        if math.isqrt(self.slots) ** 2 != self.slots: raise ValueError(f"slots is {self.slots}: expected a square number, like {math.isqrt(self.slots) ** 2}")
+        if math.isqrt(self.slots) ** 2 != self.slots:
+            raise ValueError(f"slots is {self.slots}: expected a square number, like {math.isqrt(self.slots) ** 2}")
         if self.value_dim is None: self.value_dim = self.dim
-        if not self.gated and self.value_dim != self.dim: raise ValueError(f"value_dim is {self.value_dim} and dim {self.dim}: without a gate and its projection they must be equal")
+        if not self.gated and self.value_dim != self.dim:
+            raise ValueError(
+                f"value_dim is {self.value_dim} and dim {self.dim}: without a gate and its projection they must be "
+                "equal"
+            )
 
 
 class ProductKeyMemory(nn.Module):
@@ -359,7 +412,9 @@ class ProductKeyMemory(nn.Module):
         self.keys = ProductKeys(c.dim, math.isqrt(c.slots), c.heads, c.k, c.key_dim, c.query_norm)
         if values is None: self.values = ValuePool(c.slots, c.value_dim, c.gradient)
         else: self.share(values)
-        if c.gated: self.gate, self.out = nn.Linear(c.dim, c.value_dim, bias=False), nn.Linear(c.value_dim, c.dim, bias=False)
+        if c.gated:
+            self.gate = nn.Linear(c.dim, c.value_dim, bias=False)
+            self.out = nn.Linear(c.value_dim, c.dim, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -370,14 +425,18 @@ class ProductKeyMemory(nn.Module):
 
     def share(self, values: ValuePool) -> None:
         "Read from a pool that belongs to somebody else."
-        want, got = (self.config.slots, self.config.value_dim), (values.slots, values.width)
+        want = (self.config.slots, self.config.value_dim)
+        got = (values.slots, values.width)
         if got != want: raise ValueError(f"expected a pool of slots and width {want}, got {got}")
         self.__dict__["values"] = values  # past torch's registration
 
     def forward(self, x: Tensor) -> Tensor:
         "Read, and gate what was read."
         found = self.keys(x)
-        read = self.values(found.slots.flatten(-2).view(-1, self.config.heads * self.config.k), found.weights.flatten(-2).flatten(0, -2))
+        read = self.values(
+            found.slots.flatten(-2).view(-1, self.config.heads * self.config.k),
+            found.weights.flatten(-2).flatten(0, -2),
+        )
         read = read.view(*x.shape[:-1], -1).to(x.dtype)
         return self.out(read * F.silu(self.gate(x))) if self.config.gated else read
 
@@ -396,7 +455,8 @@ def stepped(
     state: dict,  # of these rows
 ) -> dict:  # their state afterwards
     "Step some rows by an optimiser that is the same in everything but has nothing else, and no hooks."
-    p = nn.Parameter(rows); p.grad = grad
+    p = nn.Parameter(rows)
+    p.grad = grad
     twin = object.__new__(type(optimizer))
     vars(twin).update(vars(optimizer), param_groups=[{**group, "params": [p]}], state=defaultdict(dict, {p: state}),
                       _optimizer_step_pre_hooks={}, _optimizer_step_post_hooks={})
@@ -407,7 +467,9 @@ def stepped(
 class RowSteps:
     "What `step_rows` installs; `remove()` takes it out again."
     def __init__(self, optimizer: torch.optim.Optimizer, tables: list[nn.Parameter]):
-        self.optimizer, self.tables, self.held = optimizer, tables, {}
+        self.optimizer = optimizer
+        self.tables = tables
+        self.held = {}
         self.hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
 
     def remove(self) -> None:
@@ -417,7 +479,8 @@ class RowSteps:
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         for p in self.tables:
             if p.grad is None or not p.grad.is_sparse: continue  # a dense gradient steps as ever
-            self.held[p], p.grad = p.grad, None  # the optimiser passes by what has no gradient
+            self.held[p] = p.grad
+            p.grad = None  # the optimiser passes by what has no gradient
             self._step(p, Rows.of(self.held[p]))
 
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
@@ -426,16 +489,23 @@ class RowSteps:
 
     def _step(self, p: nn.Parameter, grad: Rows) -> None:
         "Step the rows that have a gradient, a block at a time."
-        group, state = next(g for g in self.optimizer.param_groups if any(q is p for q in g["params"])), self.optimizer.state[p]
+        group = next(g for g in self.optimizer.param_groups if any(q is p for q in g["params"]))
+        state = self.optimizer.state[p]
         whole = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == p.shape}
-        old, new, size = {k: v for k, v in state.items() if k not in whole}, {}, at_a_time(p[:1].nbytes, p.device)
+        old = {k: v for k, v in state.items() if k not in whole}
+        new = {}
+        size = at_a_time(p[:1].nbytes, p.device)
         for index, values in zip(grad.index.split(size), grad.values.split(size)):
-            rows, here = p.data.index_select(0, index), {k: v.index_select(0, index) for k, v in whole.items() if k not in new}
+            rows = p.data.index_select(0, index)
+            here = {k: v.index_select(0, index) for k, v in whole.items() if k not in new}
             here = stepped(self.optimizer, group, rows, values, copy.deepcopy(old) | here)
             put_rows(p.data, index, rows)
             for k, v in here.items():
-                if not isinstance(v, Tensor) or v.shape != rows.shape: new[k] = v; continue  # the number of steps, and the like
-                if k not in whole: whole[k] = new[k] = torch.zeros_like(p, dtype=v.dtype)  # state that is new begins as a table of zeros
+                if not isinstance(v, Tensor) or v.shape != rows.shape:
+                    new[k] = v
+                    continue  # the number of steps, and the like
+                # state that is new begins as a table of zeros
+                if k not in whole: whole[k] = new[k] = torch.zeros_like(p, dtype=v.dtype)
                 put_rows(whole[k], index, v)
         state.update(new)
 
@@ -447,7 +517,9 @@ def step_rows(
     "From now on a step of the optimiser touches only rows with a gradient, its own state too."
     held = [p for group in optimizer.param_groups for p in group["params"]]
     if missing := [tuple(t.shape) for t in tables if not any(t is p for p in held)]:
-        raise ValueError(f"the optimiser has no parameter of shape {missing[0]} that is this table: hand the tables to it first")
+        raise ValueError(
+            f"the optimiser has no parameter of shape {missing[0]} that is this table: hand the tables to it first"
+        )
     return RowSteps(optimizer, list(tables) or [p for p in held if p.dim() == 2])
 
 # %% ../../nbs/08_sparse.ipynb #4b38f2f8
@@ -461,7 +533,10 @@ def value_groups(
     tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, ValuePool)}
     if not tables: raise ValueError(f"{type(model).__name__} has no ValuePool")
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in tables]
-    return [{"params": rest, "lr": lr, "weight_decay": weight_decay}, {"params": list(tables.values()), "lr": value_lr, "weight_decay": 0.0}]
+    return [
+        {"params": rest, "lr": lr, "weight_decay": weight_decay},
+        {"params": list(tables.values()), "lr": value_lr, "weight_decay": 0.0},
+    ]
 
 
 @torch.no_grad()
@@ -472,7 +547,10 @@ def clip_grad_rows_(
     "`clip_grad_norm_` for gradients of which some are sparse."
     grads = []
     for p in (p for p in parameters if p.grad is not None):
-        if p.grad.is_sparse: rows = Rows.of(p.grad); p.grad = rows.sparse(len(p)); grads.append(rows.values)
+        if p.grad.is_sparse:
+            rows = Rows.of(p.grad)
+            p.grad = rows.sparse(len(p))
+            grads.append(rows.values)
         else: grads.append(p.grad)
     if not grads: return torch.zeros(())
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in grads]))
