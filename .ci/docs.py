@@ -46,9 +46,8 @@ def check_source(nb, bad):
         s = text(c["source"])
         if any(o["output_type"] == "error" for o in c.get("outputs", [])): bad(f"{name(c)} shows an error")
         if c["cell_type"] != "code" or re.match(r"(#\|.*\n)*#\|\s*(export|eval)", s) or "nbdev_export()" in s: continue
-        nodes = list(ast.walk(ast.parse(re.sub(r"(?m)^[%!].*", "", s))))
-        has = lambda *kinds: any(isinstance(n, kinds) for n in nodes)
-        if has(ast.Import, ast.ImportFrom) and has(ast.Expr, ast.Assign):
+        kinds = {type(node) for node in ast.walk(ast.parse(re.sub(r"(?m)^[%!].*", "", s)))}
+        if kinds & {ast.Import, ast.ImportFrom} and kinds & {ast.Expr, ast.Assign}:
             bad(f"{name(c)} mixes an import with other code")
 
 

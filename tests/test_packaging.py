@@ -1,4 +1,5 @@
-"""What `pip install` gives: a light import, a package that needs no Jupyter, metadata as in settings.ini, and one notebook behind every module."""
+"""What `pip install` gives: a light import, a package that needs no Jupyter, metadata as in settings.ini,
+and one notebook behind every module."""
 import ast
 import json
 import re
@@ -23,8 +24,8 @@ MODULES = {
     for p in sorted(PACKAGE.rglob("*.py"))
     if not p.stem.startswith("_") and PEERS not in p.parents
 }
-NOT_NEEDED = """IPython ipykernel ipywidgets anywidget jupyter jupyter_core jupyter_client jupyter_server jupyterlab notebook
-    nbformat nbclient nbconvert nbdev execnb fastcore ghapi""".split()
+NOT_NEEDED = """IPython ipykernel ipywidgets anywidget jupyter jupyter_core jupyter_client jupyter_server jupyterlab
+    notebook nbformat nbclient nbconvert nbdev execnb fastcore ghapi""".split()
 EXTRAS = ("dev", "bench", "scale")
 
 
