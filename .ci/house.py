@@ -75,8 +75,8 @@ def origin(module: str, node: ast.ImportFrom) -> str:
     return ".".join([*base, *([node.module] if node.module else [])])
 
 
-def long_chains() -> list[str]:
-    "Classes with more than one base class of ours above each other."
+def chains() -> dict[str, int]:
+    "How many of our own classes stand above each other, for each class."
     bases = {}
     for module, tree in modules().items():
         where = {}
@@ -88,7 +88,12 @@ def long_chains() -> list[str]:
                 names = [b.id for b in node.bases if isinstance(b, ast.Name)]
                 bases[module, node.name] = [where.get(n, (module, n)) for n in names]
     def depth(key): return 1 + max((depth(b) for b in bases[key]), default=0) if key in bases else 0
-    return [f"{depth(key)} {'.'.join(key)}" for key in bases if depth(key) > CHAIN]
+    return {".".join(key): depth(key) for key in bases}
+
+
+def long_chains() -> list[str]:
+    "Classes at the end of a chain that is too long."
+    return [f"{n} {name}" for name, n in chains().items() if n > CHAIN]
 
 
 def names_twice() -> list[str]:
@@ -269,6 +274,7 @@ def table(found: list[Rule]) -> str:
     "The table as Markdown."
     rows = [f"| {rule.what} | {len(rule.found)} |" for rule in found]
     return "\n".join(["| house rule | places |", "|---|---|", *rows,
+                      f"| longest chain of inheritance of our own classes | {max(chains().values())} |",
                       f"| exported cells of at most 40 lines (at least nine in ten) | {under_forty()} |"])
 
 
