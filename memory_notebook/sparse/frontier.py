@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from ..core import set_seed
-from .engram import Recipe
+from .host import WarmupCosine as Recipe
 from .finetuning import SparseFinetuner, add_memory_layers, count_background
 from .sparse import value_groups
 from ..runs import Run, experiment, over_seeds
