@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENGRAM', 'canonical_ids', 'NgramHash', 'EngramConfig', 'EngramState', 'Engram', 'engram_groups', 'EngramCache',
-           'add_engram', 'engram_off', 'engram_experiment', 'engram_table']
+           'add_engram', 'engram_off', 'engram_experiment']
 
 # %% ../../nbs/08b_engram.ipynb #68fb8a93
 import math
@@ -506,7 +506,7 @@ def engram_experiment(run: Run, *,
     return sweep_metrics(rows) | {"compression": compression, "bytes_per_token": texts.token_bytes}
 
 # %% ../../nbs/08b_engram.ipynb #93b92703
-def engram_table(
+def _engram_table(
     metrics: dict[str, Any],  # of a run or of a stored result
 ) -> str:  # Markdown
     "Trials by their loss, best first."
