@@ -254,9 +254,12 @@ class _PairScores(torch.autograd.Function):
         queries, keys, rows = ctx.saved_tensors
         rows = rows.flatten(0, 1)
         weights = torch.cat([d_scores, d_scores], 1).flatten(0, 1).to(keys.dtype)  # a score goes to both its halves
-        d_queries = _read_rows(rows, weights, keys).view_as(queries).to(queries.dtype) if ctx.needs_input_grad[1] else None
-        reads = Reads.sort(rows.flatten(), _readers(rows), weights.flatten()) if ctx.needs_input_grad[2] else None
-        d_keys = reads.back_table(queries.flatten(0, 1).to(keys.dtype), len(keys), _Room()) if reads else None
+        d_queries = None
+        d_keys = None
+        if ctx.needs_input_grad[1]: d_queries = _read_rows(rows, weights, keys).view_as(queries).to(queries.dtype)
+        if ctx.needs_input_grad[2]:
+            reads = Reads.sort(rows.flatten(), _readers(rows), weights.flatten())
+            d_keys = reads.back_table(queries.flatten(0, 1).to(keys.dtype), len(keys), _Room())
         return None, d_queries, d_keys, None
 
 # %% ../../nbs/08_sparse.ipynb #c42b8e4c
