@@ -146,7 +146,7 @@ class Machine(nn.Module):
     def record(self,
         x: Tensor,  # (b, t, d)
         state: Any = None,  # from an earlier call; None: begin anew
-    ) -> tuple[Tensor, Any, Any]:  # output, all states and all that the controller told the memory, (b, t, ...) each
+    ) -> tuple[Tensor, Any, Any, Any]:  # output, last state; all states and all the memory was told, (b, t, ...) each
         "Run step by step and keep everything; no gradients."
         outs = []
         states = []
@@ -158,7 +158,7 @@ class Machine(nn.Module):
                 states.append(state)
             y = self.cell.output(torch.stack(outs, 1).to(self.cell.output.weight.dtype))
             told = _stack([self.cell.tell(s.hidden) for s in states])
-        return y, _stack(states), told
+        return y, state, _stack(states), told
 
     def _drive(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         "Check the call; the controller's map of all inputs (t, b, units), and a state."
