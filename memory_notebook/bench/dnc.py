@@ -1,4 +1,4 @@
-"""A Differentiable Neural Computer against the clock: by hand, through autograd, as it is commonly written, and the package `dnc`."""
+"""A DNC against the clock: by hand, through autograd, as it is commonly written, and the package `dnc`."""
 
 import importlib.util
 from typing import Callable
@@ -97,7 +97,7 @@ def _ours(kind: str, n: int) -> DNC:
 
 
 def contestant(kind: str, n: int, batch: int, steps: int) -> Callable[[], float]:
-    "Runs forward and backward once: fused, steps, compiled, looped (same weights and loss), sparse, or the package dnc."
+    "Runs forward and backward once: fused, steps, compiled, looped (same weights), sparse, or the package dnc."
     torch.manual_seed(0)
     x = (torch.rand(batch, steps, 9) > .5).float()
     target = (torch.rand(batch, steps, 8) > .5).float()
