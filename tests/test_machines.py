@@ -1,13 +1,13 @@
 """The machines beside the common way of writing them, their benchmarks in small, and long runs of each."""
 
 import os
+from copy import deepcopy
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from memory_notebook.bench.dnc import LoopedDNCCell
-from memory_notebook.bench.ntm import LoopedNTMCell
+from memory_notebook.bench import dnc, ntm
 from memory_notebook.core import set_seed
 from memory_notebook.machines.dnc import DNC
 from memory_notebook.machines.ntm import NTM
@@ -28,8 +28,7 @@ def one_thread():
 def test_the_common_ntm_is_the_same_machine():
     set_seed(0)
     ours = NTM(9, 20, 16, 8, 8, read_heads=2)
-    looped = NTM(9, 20, 16, 8, 8, read_heads=2, fused=False)
-    looped.cell = LoopedNTMCell(looped.config)
+    looped = ntm.looped(NTM(9, 20, 16, 8, 8, read_heads=2))
     looped.load_state_dict(ours.state_dict())
     x = torch.randn(3, 6, 9)
     assert_close(looped(x)[0], ours(x)[0], rtol=1e-4, atol=1e-5)
@@ -38,17 +37,11 @@ def test_the_common_ntm_is_the_same_machine():
 def test_the_common_dnc_is_the_same_machine():
     set_seed(0)
     model = DNC(5, 16, 8, 6, 3, read_heads=2).double()
-    looped = LoopedDNCCell(model.config).double()
-    looped.load_state_dict(model.cell.state_dict())
+    looped = dnc.looped(deepcopy(model))
     x = torch.randn(3, 10, 5).double()
     fresh = model.init_state(3)
     start = fresh._replace(memory=torch.rand_like(fresh.memory))
-    state = start
-    outs = []
-    for now in x.unbind(1):
-        y, state = looped(now, state)
-        outs.append(y)
-    assert_close(torch.stack(outs, 1), model(x, start)[0])
+    assert_close(looped(x, start)[0], model(x, start)[0])
 
 
 def test_bench_ntm_in_small():

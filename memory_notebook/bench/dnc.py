@@ -1,6 +1,7 @@
 """A DNC against the clock: by hand, through autograd, as it is commonly written, and the package `dnc`."""
 
 import importlib.util
+from functools import partial
 from typing import Callable
 
 import torch
@@ -34,33 +35,38 @@ def _link(s: DNCState, w: Tensor) -> tuple[Tensor, Tensor]:
     return links * (1 - torch.eye(n, device=w.device)), (1 - w.sum(1, keepdim=True)) * s.precedence + w
 
 
-class LoopedDNCCell(DNCCell):
-    "The same machine, with the same weights, as it is commonly written: head by head."
+def _looped_step(self: DNCCell, driven: Tensor, state: DNCState) -> tuple[Tensor, DNCState]:
+    "A step as it is commonly written: head by head, every matrix in full."
+    s = state
+    gates = driven + F.linear(torch.cat([s.hidden, *s.reads.unbind(1)], -1), self.recurrent.weight)
+    o, i, f, g = gates.chunk(4, -1)
+    cell = torch.sigmoid(f) * s.cell + torch.sigmoid(i) * torch.tanh(g)
+    hidden = torch.sigmoid(o) * torch.tanh(cell)
+    p = self.layout.activate(self.interface(hidden))
+    usage, w = _write(p, s)
+    memory = s.memory * (1 - w.unsqueeze(-1) * p.erase) + w.unsqueeze(-1) * p.write_vector
+    links, precedence = _link(s, w)
+    addresses = []
+    fetched = []
+    for j in range(self.config.read_heads):
+        similar = F.cosine_similarity(memory + 1e-16, p.keys[:, j:j + 1] + 1e-16, dim=-1)
+        content = torch.softmax(p.strengths[:, j] * similar, -1)
+        before = s.read_weights[:, j].unsqueeze(-1)
+        onward = torch.matmul(links, before).squeeze(-1)
+        backward = torch.matmul(links.transpose(1, 2), before).squeeze(-1)
+        mode = p.modes[:, j]
+        addresses.append(mode[:, :1] * backward + mode[:, 1:2] * content + mode[:, 2:] * onward)
+        fetched.append(torch.matmul(addresses[j].unsqueeze(1), memory).squeeze(1))
+    reads = torch.stack(fetched, 1)
+    new = DNCState(hidden, cell, reads, memory, usage, torch.stack(addresses, 1), w, precedence, links)
+    return torch.cat([hidden, *fetched], -1), new
 
-    def step(self, driven: Tensor, state: DNCState) -> tuple[Tensor, DNCState]:
-        s = state
-        gates = driven + F.linear(torch.cat([s.hidden, *s.reads.unbind(1)], -1), self.recurrent.weight)
-        o, i, f, g = gates.chunk(4, -1)
-        cell = torch.sigmoid(f) * s.cell + torch.sigmoid(i) * torch.tanh(g)
-        hidden = torch.sigmoid(o) * torch.tanh(cell)
-        p = self.layout.activate(self.interface(hidden))
-        usage, w = _write(p, s)
-        memory = s.memory * (1 - w.unsqueeze(-1) * p.erase) + w.unsqueeze(-1) * p.write_vector
-        links, precedence = _link(s, w)
-        addresses = []
-        fetched = []
-        for j in range(self.config.read_heads):
-            similar = F.cosine_similarity(memory + 1e-16, p.keys[:, j:j + 1] + 1e-16, dim=-1)
-            content = torch.softmax(p.strengths[:, j] * similar, -1)
-            before = s.read_weights[:, j].unsqueeze(-1)
-            onward = torch.matmul(links, before).squeeze(-1)
-            backward = torch.matmul(links.transpose(1, 2), before).squeeze(-1)
-            mode = p.modes[:, j]
-            addresses.append(mode[:, :1] * backward + mode[:, 1:2] * content + mode[:, 2:] * onward)
-            fetched.append(torch.matmul(addresses[j].unsqueeze(1), memory).squeeze(1))
-        reads = torch.stack(fetched, 1)
-        new = DNCState(hidden, cell, reads, memory, usage, torch.stack(addresses, 1), w, precedence, links)
-        return torch.cat([hidden, *fetched], -1), new
+
+def looped(model: DNC) -> DNC:
+    "Turn a machine into one that does its steps as they are commonly written; its weights stay."
+    model.config.fused = False
+    model.cell.step = partial(_looped_step, model.cell)
+    return model
 
 
 _SIZE = {"hidden_size": 128, "slot_dim": 32, "output_size": 8, "read_heads": 4}
@@ -89,11 +95,7 @@ def _ours(kind: str, n: int) -> DNC:
     sparse = 8 if kind == "sparse" else None
     fused = kind in ("fused", "sparse")
     model = DNC(9, memory_slots=n, fused=fused, compile=kind == "compiled", sparse_links=sparse, **_SIZE)
-    if kind == "looped":
-        weights = model.state_dict()
-        model.cell = LoopedDNCCell(model.config)
-        model.load_state_dict(weights)
-    return model
+    return looped(model) if kind == "looped" else model
 
 
 def contestant(kind: str, n: int, batch: int, steps: int) -> Callable[[], float]:

@@ -1,57 +1,65 @@
 """A Neural Turing Machine against the clock: by hand, through autograd, as it is commonly written, and pytorch-ntm."""
 
 import importlib.util
+from functools import partial
 from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memory_notebook.machines.ntm import NTM, NTMCell, NTMState
+from memory_notebook.machines.ntm import NTM, NTMCell, NTMConfig, NTMState
 from memory_notebook.runs import Run, benchmark, peak_mb, race
 
 
-class LoopedNTMCell(NTMCell):
-    "The same machine, with the same weights, as it is commonly written: head by head, the shift sequence by sequence."
+def _address(config: NTMConfig, memory: Tensor, before: Tensor, emit: Callable[[str], Tensor]) -> Tensor:
+    "Where one head looks."
+    key = emit("keys")
+    if config.bounded: key = torch.tanh(key)
+    similar = F.cosine_similarity(memory + 1e-16, key.unsqueeze(1) + 1e-16, dim=-1)
+    content = torch.softmax(F.softplus(emit("strengths")) * similar, 1)
+    gate = torch.sigmoid(emit("gates"))
+    kernel = torch.softmax(emit("shifts"), 1)
+    blended = gate * content + (1 - gate) * before
+    s = config.max_shift
+    around = [torch.cat([w[-s:], w, w[:s]]) for w in blended]
+    moved = torch.stack([F.conv1d(w.view(1, 1, -1), k.view(1, 1, -1)).view(-1) for w, k in zip(around, kernel)])
+    power = moved ** (1 + F.softplus(emit("gammas")))
+    return power / (power.sum(1, keepdim=True) + 1e-16)
 
-    def step(self, driven: Tensor, state: NTMState) -> tuple[Tensor, NTMState]:
-        hidden, cell, reads, memory, weights = state
-        o, i, f, g = (driven + F.linear(torch.cat([hidden, *reads.unbind(1)], -1), self.recurrent.weight)).chunk(4, -1)
-        cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
-        hidden = torch.sigmoid(o) * torch.tanh(cell)
-        weight = self.layout.split(self.interface.weight.T)
-        bias = self.layout.split(self.interface.bias)
-        emit = lambda name, j: hidden @ getattr(weight, name)[:, j] + getattr(bias, name)[j]
-        r = self.config.read_heads
-        bound = torch.tanh if self.config.bounded else lambda v: v
-        addresses = []
-        fetched = []
-        for j in range(self.layout.heads):
-            address = self._address(memory, weights[:, j], bound, lambda name: emit(name, j))  # noqa: B023
-            addresses.append(address)
-            if j < r:
-                fetched.append(torch.matmul(address.unsqueeze(1), memory).squeeze(1))
-                continue
-            erase = torch.sigmoid(emit("erases", j - r))
-            add = bound(emit("adds", j - r))
-            column = address.unsqueeze(-1)
-            memory = memory * (1 - torch.matmul(column, erase.unsqueeze(1))) + torch.matmul(column, add.unsqueeze(1))
-        reads = torch.stack(fetched, 1)
-        return torch.cat([hidden, *fetched], -1), NTMState(hidden, cell, reads, memory, torch.stack(addresses, 1))
 
-    def _address(self, memory: Tensor, before: Tensor, bound: Callable, emit: Callable[[str], Tensor]) -> Tensor:
-        "Where one head looks."
-        key = bound(emit("keys")).unsqueeze(1)
-        strength = F.softplus(emit("strengths"))
-        content = torch.softmax(strength * F.cosine_similarity(memory + 1e-16, key + 1e-16, dim=-1), 1)
-        gate = torch.sigmoid(emit("gates"))
-        kernel = torch.softmax(emit("shifts"), 1)
-        blended = gate * content + (1 - gate) * before
-        s = self.config.max_shift
-        around = [torch.cat([w[-s:], w, w[:s]]) for w in blended]
-        moved = torch.stack([F.conv1d(w.view(1, 1, -1), k.view(1, 1, -1)).view(-1) for w, k in zip(around, kernel)])
-        power = moved ** (1 + F.softplus(emit("gammas")))
-        return power / (power.sum(1, keepdim=True) + 1e-16)
+def _looped_step(self: NTMCell, driven: Tensor, state: NTMState) -> tuple[Tensor, NTMState]:
+    "A step as it is commonly written: head by head, the shift sequence by sequence."
+    hidden, cell, reads, memory, weights = state
+    o, i, f, g = (driven + F.linear(torch.cat([hidden, *reads.unbind(1)], -1), self.recurrent.weight)).chunk(4, -1)
+    cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
+    hidden = torch.sigmoid(o) * torch.tanh(cell)
+    weight = self.layout.split(self.interface.weight.T)
+    bias = self.layout.split(self.interface.bias)
+    emit = lambda j, name: hidden @ getattr(weight, name)[:, j] + getattr(bias, name)[j]
+    r = self.config.read_heads
+    addresses = []
+    fetched = []
+    for j in range(self.layout.heads):
+        address = _address(self.config, memory, weights[:, j], partial(emit, j))
+        addresses.append(address)
+        if j < r:
+            fetched.append(torch.matmul(address.unsqueeze(1), memory).squeeze(1))
+            continue
+        erase = torch.sigmoid(emit(j - r, "erases"))
+        add = emit(j - r, "adds")
+        if self.config.bounded: add = torch.tanh(add)
+        column = address.unsqueeze(-1)
+        memory = memory * (1 - torch.matmul(column, erase.unsqueeze(1))) + torch.matmul(column, add.unsqueeze(1))
+    reads = torch.stack(fetched, 1)
+    return torch.cat([hidden, *fetched], -1), NTMState(hidden, cell, reads, memory, torch.stack(addresses, 1))
+
+
+def looped(model: NTM) -> NTM:
+    "Turn a machine into one that does its steps as they are commonly written; its weights stay."
+    model.config.fused = False
+    model.cell.step = partial(_looped_step, model.cell)
+    return model
 
 
 class _PytorchNTM(nn.Module):
@@ -100,10 +108,7 @@ def contestant(kind: str, batch: int, length: int) -> Callable[[], float]:
     target = x[:, :length, :8]
     model = NTM(9, output_size=8, bounded=False, init="plain", fused=kind == "fused", compile=kind == "compiled")
     state = model.init_state(batch)
-    if kind == "looped":
-        weights = model.state_dict()
-        model.cell = LoopedNTMCell(model.config)
-        model.load_state_dict(weights)
+    if kind == "looped": looped(model)
     if kind == "pytorch_ntm": model = _PytorchNTM(model.cell)
     loss_fn = F.binary_cross_entropy if kind == "pytorch_ntm" else F.binary_cross_entropy_with_logits
 
