@@ -32,3 +32,19 @@ def test_bench_maml(one_thread):
     names = ("speedup_vs_loop", "vmap_ms", "loop_ms")
     assert set(timed) == {f"maml.{k}{tail}" for k in names for tail in ("", "_1_step")}
     assert timed["maml.speedup_vs_loop"] > 1
+
+
+def test_bench_replay(one_thread):
+    from memory_notebook.bench.replay import bench_replay, replay_table
+    quick = run_experiment(bench_replay, out=None, sizes=(100_000,), widths=(1, 2), repeats=40)["metrics"]
+    assert quick["replay.100k.tree_us"] < quick["replay.100k.deque_us"]
+    assert quick["replay.speedup_vs_deque_100k"] > 1 and "replay.100k.w2.tree_us" in quick
+    assert "deque / tree" in replay_table(quick)
+
+
+def test_bench_replay_without_cpprb(one_thread, monkeypatch):
+    from memory_notebook.bench.replay import bench_replay, replay_table
+    monkeypatch.setitem(sys.modules, "cpprb", None)
+    without = run_experiment(bench_replay, out=None, sizes=(2000,), widths=(1,), repeats=2)["metrics"]
+    assert not [k for k in without if "cpprb" in k]
+    assert "pip install cpprb" in replay_table(without)
