@@ -124,12 +124,12 @@ CHAPTERS: dict[str, Chapter] = {
         "continual_table",
     ),
     "benchmark:ntm": Chapter(
-        ".machines.machines",
+        ".bench.ntm",
         "bench_ntm",
         "a Neural Turing Machine forward and backward: by hand, through autograd, and as it is commonly written",
     ),
     "benchmark:dnc": Chapter(
-        ".machines.dnc_fast",
+        ".bench.dnc",
         "bench_dnc",
         "a Differentiable Neural Computer forward and backward: by hand, autograd, as commonly written; sparse links",
     ),
