@@ -421,13 +421,12 @@ class GEM(Method):
 # %% ../../nbs/04d_families.ipynb #5f9c9245
 def _needs_context(self: nn.Module, stream: Stream) -> None:
     "Refuse scenarios in which the context is not given at the test."
+    who = type(self).__name__
     if stream.scenario != "task":
-        who = type(self).__name__
-        raise ValueError(f"{who} must be told the context, and in the {stream.scenario} scenario nobody tells: use .task()")
+        raise ValueError(f"{who} must be told the context; in scenario {stream.scenario!r} nobody tells: use stream.task()")
     want = (self.contexts, self.classes)
     got = (len(stream), stream.classes)
-    if want != got:
-        raise ValueError(f"{type(self).__name__} was built for (contexts, classes) = {want}, the stream has {got}")
+    if want != got: raise ValueError(f"{who} was built for (contexts, classes) = {want}, the stream has {got}")
 
 # %% ../../nbs/04d_families.ipynb #6d401047
 class XdG(nn.Module):
@@ -597,8 +596,7 @@ class SeenClasses(nn.Module):
         "Refuse a stream for which the model `who` was not built."
         want = (self.contexts, self.classes, self.scenario)
         got = (len(stream), stream.classes, stream.scenario)
-        if want != got:
-            raise ValueError(f"{who} was built for (contexts, classes, scenario) = {want}, the stream is {got}")
+        if want != got: raise ValueError(f"{who} was built for {want}, the stream is {got} (contexts, classes, scenario)")
 
     def label(self, y: Tensor, context: Tensor) -> Tensor:
         "Classes of all contexts in one row."
