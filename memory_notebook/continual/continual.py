@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .consolidation import EWC, MAS, SI, LwF
+from .consolidation import EWC, MAS, SI, LwF, Quadratic
 from memory_notebook.continual.families import (
     AGEM,
     DER,
@@ -132,7 +132,7 @@ class ContinualLearningTrainer:
         learner.results = self._longer(learner.results, task_id)
         learner.results.R[task_id] = learner.test()
         learner.learn_context()
-        penalties = [m.penalty for m in learner.methods if hasattr(m, "penalty")]
+        penalties = [hook for hook in learner.hooks if isinstance(hook, Quadratic)]
         omega = penalties[0].omega if penalties else None
         return TaskMemory(task_id, learner.results.R[-1], omega, [p.detach().clone() for p in learner.params])
 

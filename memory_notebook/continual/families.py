@@ -21,23 +21,24 @@ from ..core import patch
 from ..streams import MLP, SCENARIOS, Learner, Method, Stream, logits_of
 
 # %% ../../nbs/04d_families.ipynb #1aaca884
-class SampleMemory:
-    "Samples of past contexts: which are kept, and when. A method holds one and calls it at its own moments."
+class SampleMemory(Method):
+    "Samples of past contexts: which are kept, and when."
     def __init__(self,
         capacity: int = 1000,  # samples kept
         # per_class: equal parts, drawn when a context ends
         strategy: Literal["reservoir", "class_balanced", "per_class"] = "reservoir",
         batch_size: int | None = None,  # samples that `draw` returns; None: as many as new ones
+        logits: bool = False,  # keep the network's logits with each sample
     ):
         if strategy not in ("reservoir", "class_balanced", "per_class"):
             raise ValueError(f"strategy is {strategy!r}: choose 'reservoir', 'class_balanced' or 'per_class'")
         self.capacity = capacity
         self.strategy = strategy
         self.batch_size = batch_size
-        self.boundaries = strategy != "reservoir"  # must be told when a context ends
+        self.logits = logits
+        self.boundaries = strategy != "reservoir"
 
     def start(self, learner: Learner) -> None:
-        "Forget all, and take the learner's seed."
         if learner.stream.classes is None and self.boundaries:
             raise ValueError("a stream of regressions has no classes: use strategy='reservoir'")
         labelled = {"label": 3} if self.strategy == "class_balanced" else {}
@@ -50,9 +51,12 @@ class SampleMemory:
         "Old samples for one step."
         return self.buffer.sample(self.batch_size or len(learner.xs[0])).batch
 
-    def after_step(self, learner: Learner, *more: Tensor) -> None:
-        "A reservoir takes the step's new samples in, and what is to be kept with them."
-        if not self.boundaries: self.buffer.extend(learner.xs[0], learner.ys[0], learner.contexts[0], *more)
+    def after_step(self, learner: Learner) -> None:
+        "A reservoir takes the step's new samples in."
+        if self.boundaries: return
+        new = [learner.xs[0], learner.ys[0], learner.contexts[0]]
+        if self.logits: new.append(learner.logits[:len(new[0])].detach())
+        self.buffer.extend(*new)
 
     def after_context(self, learner: Learner) -> None:
         "The other strategies choose now."
@@ -83,6 +87,7 @@ class ER(Method):
         if share is not None and not 0 < share <= 1:
             raise ValueError(f"share is {share}: expected more than 0 and at most 1")
         self.memory = SampleMemory(capacity, strategy, batch_size)
+        self.parts = (self.memory,)
         self.boundaries = self.memory.boundaries
         self.share = share
 
@@ -93,14 +98,6 @@ class ER(Method):
         x, y, context = self.memory.draw(learner)[:3]
         learner.add(x, y, context, 1 - share)
 
-    def start(self, learner: Learner) -> None: self.memory.start(learner)
-    def after_step(self, learner: Learner) -> None: self.memory.after_step(learner)
-    def after_context(self, learner: Learner) -> None: self.memory.after_context(learner)
-    def state_dict(self) -> dict: return self.memory.state_dict()
-    def load_state_dict(self, state: dict) -> None: self.memory.load_state_dict(state)
-    @property
-    def nbytes(self) -> int: return self.memory.nbytes
-
 # %% ../../nbs/04d_families.ipynb #1f6a92d7
 class DER(Method):
     "Dark experience replay: old samples keep the logits they were stored with. Buzzega et al. 2020."
@@ -110,7 +107,8 @@ class DER(Method):
         beta: float = 0.0,  # of the old classes, on a second draw (DER++)
         batch_size: int | None = None,  # old samples a draw; None: as many as new ones
     ):
-        self.memory = SampleMemory(capacity, "reservoir", batch_size)
+        self.memory = SampleMemory(capacity, "reservoir", batch_size, logits=True)
+        self.parts = (self.memory,)
         self.alpha = alpha
         self.beta = beta
 
@@ -125,15 +123,6 @@ class DER(Method):
 
     def loss(self, learner: Learner) -> Tensor | None:
         return None if self.old is None else self.alpha * F.mse_loss(learner.logits[self.old], self.target)
-
-    def after_step(self, learner: Learner) -> None:
-        self.memory.after_step(learner, learner.logits[:len(learner.xs[0])].detach())
-
-    def start(self, learner: Learner) -> None: self.memory.start(learner)
-    def state_dict(self) -> dict: return self.memory.state_dict()
-    def load_state_dict(self, state: dict) -> None: self.memory.load_state_dict(state)
-    @property
-    def nbytes(self) -> int: return self.memory.nbytes
 
 # %% ../../nbs/04d_families.ipynb #a54c74a1
 class VAE(nn.Module):
@@ -269,6 +258,7 @@ class AGEM(Method):
         batch_size: int | None = None,  # old samples a step; None: as many as new ones
     ):
         self.memory = SampleMemory(capacity, strategy, batch_size)
+        self.parts = (self.memory,)
         self.boundaries = self.memory.boundaries
 
     def batch(self, learner: Learner) -> None:
@@ -287,14 +277,6 @@ class AGEM(Method):
         if dot >= 0: return
         length = sum(torch.dot(r.view(-1), r.view(-1)) for r in self.reference).item()
         torch._foreach_add_(now, self.reference, alpha=-dot / length)
-
-    def start(self, learner: Learner) -> None: self.memory.start(learner)
-    def after_step(self, learner: Learner) -> None: self.memory.after_step(learner)
-    def after_context(self, learner: Learner) -> None: self.memory.after_context(learner)
-    def state_dict(self) -> dict: return self.memory.state_dict()
-    def load_state_dict(self, state: dict) -> None: self.memory.load_state_dict(state)
-    @property
-    def nbytes(self) -> int: return self.memory.nbytes
 
 # %% ../../nbs/04d_families.ipynb #16a905d9
 def _lower_bounded_qp(
@@ -374,6 +356,7 @@ class GEM(Method):
         batch_size: int | None = None,  # old samples a step, shared among past contexts; None: as many as new ones
     ):
         self.memory = SampleMemory(capacity, strategy, batch_size)
+        self.parts = (self.memory,)
         self.boundaries = self.memory.boundaries
         self.margin = margin
         self.eps = eps
@@ -410,20 +393,12 @@ class GEM(Method):
         parts = (v @ G).split([g.numel() for g in now])
         torch._foreach_add_(now, [part.view_as(g) for g, part in zip(now, parts)])
 
-    def start(self, learner: Learner) -> None: self.memory.start(learner)
-    def after_step(self, learner: Learner) -> None: self.memory.after_step(learner)
-    def after_context(self, learner: Learner) -> None: self.memory.after_context(learner)
-    def state_dict(self) -> dict: return self.memory.state_dict()
-    def load_state_dict(self, state: dict) -> None: self.memory.load_state_dict(state)
-    @property
-    def nbytes(self) -> int: return self.memory.nbytes
-
 # %% ../../nbs/04d_families.ipynb #5f9c9245
 def _needs_context(self: nn.Module, stream: Stream) -> None:
     "Refuse scenarios in which the context is not given at the test."
     who = type(self).__name__
     if stream.scenario != "task":
-        raise ValueError(f"{who} must be told the context; in scenario {stream.scenario!r} nobody tells: use stream.task()")
+        raise ValueError(f"{who} must be told the context; in scenario {stream.scenario!r} nobody tells: use .task()")
     want = (self.contexts, self.classes)
     got = (len(stream), stream.classes)
     if want != got: raise ValueError(f"{who} was built for (contexts, classes) = {want}, the stream has {got}")
@@ -593,10 +568,10 @@ class SeenClasses(nn.Module):
         self.register_buffer("counts", torch.zeros(contexts * classes, dtype=torch.long))  # samples met
 
     def check(self, stream: Stream, who: str) -> None:
-        "Refuse a stream for which the model `who` was not built."
+        "Refuse a stream for which the model `who` was not built: (contexts, classes, scenario) must be the same."
         want = (self.contexts, self.classes, self.scenario)
         got = (len(stream), stream.classes, stream.scenario)
-        if want != got: raise ValueError(f"{who} was built for {want}, the stream is {got} (contexts, classes, scenario)")
+        if want != got: raise ValueError(f"{who} was built for {want}, the stream is {got}")
 
     def label(self, y: Tensor, context: Tensor) -> Tensor:
         "Classes of all contexts in one row."
