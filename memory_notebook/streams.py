@@ -202,7 +202,7 @@ class Walk:
     "Which rows each step of a stream sees. It depends only on the seed and the step, so a killed run finds its place."
     def __init__(self, stream: Stream, batch_size: int, steps: int | None, epochs: int | None, seed: int):
         if (steps is None) == (epochs is None): raise ValueError("say how long a context lasts: either steps or epochs")
-        if min(batch_size, steps or 1, epochs or 1) < 1:
+        if min(n for n in (batch_size, steps, epochs) if n is not None) < 1:
             raise ValueError("batch_size, steps and epochs must be at least 1")
         if stream.width and steps is None: raise ValueError("a task-free stream has no epochs: give steps")
         self.stream = stream
