@@ -118,7 +118,7 @@ CHAPTERS: dict[str, Chapter] = {
         ".bench.replay", "bench_replay", "draws, updates and additions of replay buffers, side by side", "replay_table"
     ),
     "benchmark:continual": Chapter(
-        ".continual.continual",
+        ".bench.continual",
         "bench_continual",
         "a training step beside avalanche, the code of van de Ven et al. and bare matrix products",
         "continual_table",

@@ -202,7 +202,7 @@ class Walk:
     "Which rows each step of a stream sees. It depends only on the seed and the step, so a killed run finds its place."
     def __init__(self, stream: Stream, batch_size: int, steps: int | None, epochs: int | None, seed: int):
         if (steps is None) == (epochs is None): raise ValueError("say how long a context lasts: either steps or epochs")
-        if min(batch_size, steps or 1, epochs or 1) < 1:
+        if min(n for n in (batch_size, steps, epochs) if n is not None) < 1:
             raise ValueError("batch_size, steps and epochs must be at least 1")
         if stream.width and steps is None: raise ValueError("a task-free stream has no epochs: give steps")
         self.stream = stream
@@ -404,6 +404,7 @@ class MLP(nn.Module):
 class Method:
     "A rule against forgetting, as the learner calls it. Methods combine by being listed together."
     boundaries = False  # must be told when a context ends
+    parts: tuple["Method", ...] = ()  # methods that this one is made of; the learner calls each right after it
 
     def start(self, learner: "Learner") -> None:
         "Before the first context."
@@ -474,6 +475,7 @@ class Learner:
         self.device = pick_device(str(device))
         self.seed = seed
         self.methods = list(methods)
+        self.hooks = [hook for m in self.methods for hook in (m, *m.parts)]  # what is called
         self.model = model
         model.to(self.device)
         self.gradients = not hasattr(model, "learn")
@@ -524,26 +526,26 @@ def train_step(self: Learner, x: Tensor, y: Tensor, context: Tensor) -> None:
     self.ys = [y]
     self.contexts = [context]
     self.weights = [1.0]
-    for m in self.methods: m.batch(self)
+    for m in self.hooks: m.batch(self)
     self.x, self.y, self.context = (v[0] if len(v) == 1 else torch.cat(v) for v in (self.xs, self.ys, self.contexts))
     self.opt.zero_grad(set_to_none=True)
     self.logits = logits_of(self.model, self.x, self.context)
     loss = self._loss()
     if self.step % 50 == 0: check_finite(loss=loss)
     loss.backward()
-    for m in self.methods: m.after_backward(self)
+    for m in self.hooks: m.after_backward(self)
     self.opt.step()
-    for m in self.methods: m.after_step(self)
+    for m in self.hooks: m.after_step(self)
     self.hits += self.score(self.logits.detach()[:len(x)], y, context)
 
 
 @patch
 def _loss(self: Learner) -> Tensor:
     "Each part's mean loss times its weight, and what the methods add."
-    each = next((l for m in self.methods if (l := m.criterion(self)) is not None), None)
+    each = next((l for m in self.hooks if (l := m.criterion(self)) is not None), None)
     if each is None: each = self.losses(self.logits, self.y, self.context)
     loss = sum(w * part.mean() for w, part in zip(self.weights, each.split([len(v) for v in self.xs])) if w)
-    for m in self.methods:
+    for m in self.hooks:
         if (more := m.loss(self)) is not None: loss = loss + more
     return loss
 
@@ -552,7 +554,7 @@ def _loss(self: Learner) -> Tensor:
 @torch.no_grad()
 def predict(self: Learner, x: Tensor, context: Tensor) -> Tensor:
     "Scores (b, outputs) of the methods that answer themselves, or the network's."
-    for m in self.methods:
+    for m in self.hooks:
         if (scores := m.scores(self, x, context)) is not None: return scores
     return logits_of(self.model, x, context)
 
@@ -604,7 +606,7 @@ def fit(self: Learner,
         with progress_bar(sum(self.walk.steps), "stream", progress) as bar:
             bar.update(sum(self.walk.steps[:self.done]) + self.step)
             while self.done < stages: self.learn_context(bar, checkpoint, every)
-    self.results.nbytes = sum(m.nbytes for m in self.methods)
+    self.results.nbytes = sum(m.nbytes for m in self.hooks)
     return self.results
 
 
@@ -617,7 +619,7 @@ def start(self: Learner, stages: int) -> None:
     self.hits = torch.zeros((), device=self.device)
     self.model.train()
     if hasattr(self.model, "check"): self.model.check(stream)  # some networks serve one scenario only
-    for m in self.methods: m.start(self)
+    for m in self.hooks: m.start(self)
     x, _, context = stream.draw(stream.test, stream.test.rows[0][:1], 0)
     outputs = self.predict(x, context)[0].numel()
     if outputs != stream.outputs:
@@ -635,7 +637,7 @@ def learn_context(self: Learner, bar=None, checkpoint: str | Path | None = None,
     start = time.process_time()
     steps = self.walk.steps[self.done]
     if self.step == 0:
-        for m in self.methods: m.before_context(self)
+        for m in self.hooks: m.before_context(self)
     while self.step < steps:
         x, y, context = self.stream.draw(self.stream.train, *self.walk(self.done, self.step))
         if self.gradients: self.train_step(x, y, context)
@@ -646,7 +648,7 @@ def learn_context(self: Learner, bar=None, checkpoint: str | Path | None = None,
             self.results.cpu_s += time.process_time() - start
             save_checkpoint(checkpoint, self.state_dict())
             start = time.process_time()
-    for m in self.methods: m.after_context(self)
+    for m in self.hooks: m.after_context(self)
     self.results.cpu_s += time.process_time() - start
     if self.gradients:
         self.results.online[self.done] = (self.hits / steps).cpu()
@@ -663,7 +665,7 @@ def state_dict(self: Learner) -> dict:
     return {
         "model": self.model.state_dict(),
         "opt": self.opt.state_dict() if self.opt else None,
-        "methods": [m.state_dict() for m in self.methods],
+        "methods": [m.state_dict() for m in self.hooks],
         "done": self.done,
         "step": self.step,
         "hits": self.hits,
@@ -679,7 +681,7 @@ def load_state_dict(self: Learner, state: dict) -> None:
     "Go back to a `state_dict` of a learner that was built alike."
     self.model.load_state_dict(state["model"])
     if self.opt: self.opt.load_state_dict(state["opt"])
-    for m, s in zip(self.methods, state["methods"], strict=True): m.load_state_dict(s)
+    for m, s in zip(self.hooks, state["methods"], strict=True): m.load_state_dict(s)
     self.done = state["done"]
     self.step = state["step"]
     self.hits = state["hits"].to(self.device)

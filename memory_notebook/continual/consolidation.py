@@ -17,13 +17,19 @@ from ..data import load_digits
 from ..streams import MLP, Learner, Method, logits_of, permuted_stream
 
 # %% ../../nbs/04c_consolidation.ipynb #7bb5ed60
-class Quadratic:
+class Quadratic(Method):
     "λ/2 Σ Ω (θ − θ*)²: parameters that mattered are held where they were."
+    boundaries = True
     def __init__(self, lam: float):
         if not lam >= 0: raise ValueError(f"the strength is {lam}: expected 0 or more")
         self.lam = lam
         self.omega: list[Tensor] | None = None  # Ω, one tensor for each parameter
         self.anchor: list[Tensor] | None = None  # θ*
+
+    def start(self, learner: Learner) -> None:
+        self.omega = None
+        self.anchor = None
+        self.params = learner.params
 
     def value(self, params: Iterable[Tensor]) -> Tensor:
         "The value of the penalty."
@@ -31,13 +37,14 @@ class Quadratic:
         return self.lam / 2 * sum((o * (p - a).square()).sum() for o, p, a in zip(self.omega, params, self.anchor))
 
     @torch.no_grad()
-    def pull(self, params: list[Tensor]) -> None:
+    def after_backward(self, learner: Learner) -> None:
         "Add its gradient to `.grad`; parameters without one do not move."
         if self.omega is None: return
-        used = [i for i, p in enumerate(params) if p.grad is not None]
-        away = torch._foreach_sub([params[i] for i in used], [self.anchor[i] for i in used])
+        used = [i for i, p in enumerate(learner.params) if p.grad is not None]
+        params = [learner.params[i] for i in used]
+        away = torch._foreach_sub(params, [self.anchor[i] for i in used])
         torch._foreach_mul_(away, [self.omega[i] for i in used])
-        torch._foreach_add_([params[i].grad for i in used], away, alpha=self.lam)
+        torch._foreach_add_([p.grad for p in params], away, alpha=self.lam)
 
     @torch.no_grad()
     def recentre(self, omega: list[Tensor], params: list[Tensor]) -> None:
@@ -47,11 +54,8 @@ class Quadratic:
 
     def state_dict(self) -> dict: return {"omega": self.omega, "anchor": self.anchor}
 
-    def load_state_dict(self, state: dict, params: list[Tensor]) -> None:
-        "Go back to a `state_dict`, on the device of the parameters."
-        kept = {k: v and [t.to(p) for t, p in zip(v, params)] for k, v in state.items()}
-        self.omega = kept["omega"]
-        self.anchor = kept["anchor"]
+    def load_state_dict(self, state: dict) -> None:
+        for name, kept in state.items(): setattr(self, name, kept and [t.to(p) for t, p in zip(kept, self.params)])
 
 # %% ../../nbs/04c_consolidation.ipynb #398029e8
 def slow_fisher(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -142,15 +146,10 @@ class EWC(Method):
         samples: int | None = None,  # for the Fisher; None: all of the context
     ):
         self.penalty = Quadratic(lam)
+        self.parts = (self.penalty,)
         self.online = online
         self.gamma = gamma
         self.samples = samples
-
-    def start(self, learner: Learner) -> None:
-        self.penalty = Quadratic(self.penalty.lam)
-        self.params = learner.params
-
-    def after_backward(self, learner: Learner) -> None: self.penalty.pull(learner.params)
 
     def after_context(self, learner: Learner) -> None:
         new = fisher(learner.model, *self._samples(learner))
@@ -170,9 +169,6 @@ class EWC(Method):
             n = len(some)  # one context: all entries of `context` are the same, and y does not matter
             return learner.stream.answer(logits_of(learner.model, some, context[:n]), y[:n], context[:n])[0]
         return x, among
-
-    def state_dict(self) -> dict: return self.penalty.state_dict()
-    def load_state_dict(self, state: dict) -> None: self.penalty.load_state_dict(state, self.params)
 
 # %% ../../nbs/04c_consolidation.ipynb #9a23869b
 def _tradeoff(
@@ -211,20 +207,18 @@ class SI(Method):
         xi: float = 0.1,  # keeps Ω finite where a parameter did not move
     ):
         self.penalty = Quadratic(2 * c)
+        self.parts = (self.penalty,)
         self.xi = xi
 
     def start(self, learner: Learner) -> None:
-        self.penalty = Quadratic(self.penalty.lam)
-        self.params = learner.params
         self.path = [torch.zeros_like(p) for p in learner.params]
         self.before = [p.detach().clone() for p in learner.params]
         self.origin = [p.clone() for p in self.before]
 
     @torch.no_grad()
     def after_backward(self, learner: Learner) -> None:
-        # the gradient of the loss alone, before the penalty's is added
+        # of the loss alone: parts come after, so the penalty's is not yet added
         self.grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in learner.params]
-        self.penalty.pull(learner.params)
 
     @torch.no_grad()
     def after_step(self, learner: Learner) -> None:
@@ -241,12 +235,10 @@ class SI(Method):
         torch._foreach_zero_(self.path)
 
     def state_dict(self) -> dict:
-        return self.penalty.state_dict() | {"path": self.path, "before": self.before, "origin": self.origin}
+        return {"path": self.path, "before": self.before, "origin": self.origin}
 
     def load_state_dict(self, state: dict) -> None:
-        self.penalty.load_state_dict({k: state[k] for k in ("omega", "anchor")}, self.params)
-        for name in ("path", "before", "origin"):
-            setattr(self, name, [t.to(p) for t, p in zip(state[name], self.params)])
+        for name, kept in state.items(): setattr(self, name, [t.to(p) for t, p in zip(kept, self.before)])
 
 # %% ../../nbs/04c_consolidation.ipynb #d6d5669e
 class MAS(Method):
@@ -254,21 +246,13 @@ class MAS(Method):
     boundaries = True
     def __init__(self, lam: float = 1.0, samples: int | None = None):
         self.penalty = Quadratic(lam)
+        self.parts = (self.penalty,)
         self.samples = samples
-
-    def start(self, learner: Learner) -> None:
-        self.penalty = Quadratic(self.penalty.lam)
-        self.params = learner.params
-
-    def after_backward(self, learner: Learner) -> None: self.penalty.pull(learner.params)
 
     def after_context(self, learner: Learner) -> None:
         x, _, context = learner.context_data(self.samples)
         new = _sensitivity(learner.model, x, lambda some: logits_of(learner.model, some, context[:len(some)]))
         self.penalty.recentre(new, learner.params)
-
-    def state_dict(self) -> dict: return self.penalty.state_dict()
-    def load_state_dict(self, state: dict) -> None: self.penalty.load_state_dict(state, self.params)
 
 
 def _sensitivity(
