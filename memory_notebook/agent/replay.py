@@ -17,7 +17,7 @@ from ..core import patch
 
 # %% ../../nbs/03_replay.ipynb #cf5bcb68
 def _check_rows(rows: dict, held: dict) -> tuple[dict, int]:
-    "`rows` as detached tensors and their number, or an error that names the field which does not fit"
+    "`rows` as detached tensors and their number, or an error that names the field which does not fit."
     rows = {k: torch.as_tensor(v).detach() for k, v in rows.items()}
     if not rows: raise ValueError("extend: expected at least one tensor, got none")
     if held and rows.keys() != held.keys():
@@ -38,7 +38,7 @@ def _check_rows(rows: dict, held: dict) -> tuple[dict, int]:
 
 # %% ../../nbs/03_replay.ipynb #3630a78f
 class ExperienceStore:
-    "Rows of several tensors, allocated by the first write"
+    "Rows of several tensors, allocated by the first write."
     def __init__(self,
         capacity: int,  # rows
         device: torch.device | str | None = None,  # where the rows lie; default: where the first batch lies
@@ -50,7 +50,7 @@ class ExperienceStore:
         self.data = {}
 
     def write(self, slots: Tensor, rows: dict[str | int, Tensor]):
-        "Copy `rows` into `slots`, which must not repeat"
+        "Copy `rows` into `slots`, which must not repeat."
         for k, v in rows.items():
             if k not in self.data:
                 self.device = torch.device(self.device or v.device)
@@ -58,7 +58,7 @@ class ExperienceStore:
             self.data[k].index_copy_(0, slots.to(self.device), v.to(self.device))
 
     def read(self, idx: Tensor) -> tuple | dict:
-        "The rows at `idx`: a tuple for positional fields, a dict for named ones"
+        "The rows at `idx`: a tuple for positional fields, a dict for named ones."
         rows = {k: v.index_select(0, idx) for k, v in self.data.items()}
         return rows if isinstance(next(iter(rows)), str) else tuple(rows.values())
 
@@ -68,13 +68,13 @@ def ring(
     seen: int,  # items before it
     capacity: int,  # slots
 ) -> tuple[slice, np.ndarray]:  # rows to store, and their slots
-    "Keep the newest `capacity` items"
+    "Keep the newest `capacity` items."
     skip = max(0, n - capacity)
     return slice(skip, n), (seen + np.arange(skip, n)) % capacity
 
 # %% ../../nbs/03_replay.ipynb #a78560f7
 def _uniform(n: int, generator: torch.Generator) -> np.ndarray:
-    "`n` float64 numbers in [0, 1)"
+    "`n` float64 numbers in [0, 1)."
     return torch.rand(n, dtype=torch.float64, generator=generator).numpy()
 
 # %% ../../nbs/03_replay.ipynb #edb00848
@@ -84,7 +84,7 @@ def reservoir(
     capacity: int,  # slots
     generator: torch.Generator,  # source of the draws
 ) -> tuple[np.ndarray, np.ndarray]:  # rows to store, and their slots
-    "Keep a uniform sample of everything seen (Vitter 1985, algorithm R), a batch at a time"
+    "Keep a uniform sample of everything seen (Vitter 1985, algorithm R), a batch at a time."
     t = seen + np.arange(1, n + 1)
     slots = np.where(t <= capacity, t - 1, (_uniform(n, generator) * t).astype(np.int64))
     rows = np.flatnonzero(slots < capacity)[::-1]
@@ -96,7 +96,7 @@ def fair_shares(
     seen: np.ndarray,  # (classes,) items met of each class
     capacity: int,  # slots
 ) -> np.ndarray:  # (classes,) slots for each class
-    "Equal room per class, and never more than a class has items"
+    "Equal room per class, and never more than a class has items."
     if seen.sum() <= capacity: return seen.copy()
     s = np.sort(seen)
     level = (capacity - (s.cumsum() - s)) // np.arange(len(s), 0, -1)
@@ -109,7 +109,7 @@ def fair_shares(
 def _cut(
     keys: np.ndarray, owner: np.ndarray, held: np.ndarray, share: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Cut the end of every class's run from `held` to `share` items: keys and owners that stay, slots that come free"
+    "Cut the end of every class's run from `held` to `share` items: keys and owners that stay, slots that come free."
     over = held - share
     out = np.arange(over.sum()) + np.repeat(held.cumsum() - over.cumsum(), over)
     gone = owner[out]
@@ -117,13 +117,13 @@ def _cut(
 
 # %% ../../nbs/03_replay.ipynb #c03afdc4
 def _limits(keys: np.ndarray, held: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    "Keys of a class are admitted below this: its largest key, if some of it was dropped already"
+    "Keys of a class are admitted below this: its largest key, if some of it was dropped already."
     last = keys[np.maximum(held.cumsum() - 1, 0)]
     return np.where(held == seen, 2**62, np.where(held > 0, last, -1))
 
 # %% ../../nbs/03_replay.ipynb #f7a49e8e
 class ClassBalanced:
-    "Equal room per class, and of each class a uniform sample"
+    "Equal room per class, and of each class a uniform sample."
     def __init__(self,
         capacity: int,  # slots
     ):
@@ -133,7 +133,7 @@ class ClassBalanced:
         self.keys = self.slots = np.zeros(0, np.int64)
 
     def check(self, labels: Tensor) -> np.ndarray:
-        "Refuse labels that are no classes"
+        "Refuse labels that are no classes."
         if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
             raise ValueError(
                 f"class_balanced: expected one whole number per row as label, got {labels.dtype} {tuple(labels.shape)}"
@@ -149,7 +149,7 @@ class ClassBalanced:
         labels: np.ndarray,  # (b,) class of each row
         generator: torch.Generator,  # source of the keys
     ) -> tuple[np.ndarray, np.ndarray]:  # rows to store, and their slots
-        "Admit a batch, evict what no longer fits"
+        "Admit a batch, evict what no longer fits."
         keys = (labels << 40) | torch.randint(2**40, (len(labels),), generator=generator).numpy()
         room = max(0, int(labels.max()) + 1 - len(self.seen))
         self.held = np.pad(self.held, (0, room))
@@ -175,7 +175,7 @@ class ClassBalanced:
 
 # %% ../../nbs/03_replay.ipynb #91fa9ff9
 class SumTree:
-    "Numbers that can be changed, and searched by their running sum, a batch at a time"
+    "Numbers that can be changed, and searched by their running sum, a batch at a time."
     def __init__(self,
         capacity: int,  # entries, all zero at first
         width: int = 16,  # children of a node
@@ -196,7 +196,7 @@ class SumTree:
         idx: np.ndarray,  # (b,) entries; of an entry that repeats, the last value counts
         value: np.ndarray,  # (b,) new values, finite and ≥ 0
     ):
-        "Set entries, and the sums above them"
+        "Set entries, and the sums above them."
         self.levels[-1][idx] = value
         self._running = None
         for above, nodes in zip(self.levels[-2::-1], self.nodes[::-1]):
@@ -204,7 +204,7 @@ class SumTree:
             above[idx] = nodes.take(idx, 0).sum(1)
 
     def running(self) -> np.ndarray:
-        "Running sum of the top level; its last number is the total"
+        "Running sum of the top level; its last number is the total."
         if self._running is None: self._running = torch.from_numpy(self.levels[0]).cumsum(0).numpy()
         return self._running
 
@@ -213,7 +213,7 @@ class SumTree:
 def find(self: SumTree,
     mass: np.ndarray,  # (b,) numbers in [0, total)
 ) -> np.ndarray:  # (b,) the entry on whose stretch of the running sum each number falls
-    "Search for all numbers at once, level by level"
+    "Search for all numbers at once, level by level."
     run = self.running()
     below_one = 1 - 2**-52
     first = np.arange(len(mass)) * self.width
@@ -232,7 +232,7 @@ def find(self: SumTree,
 
 # %% ../../nbs/03_replay.ipynb #b70e23b5
 class Priorities:
-    "Proportional prioritisation (Schaul et al. 2016, section 3.3): a sum tree of p = (δ + ε)^α"
+    "Proportional prioritisation (Schaul et al. 2016, section 3.3): a sum tree of p = (δ + ε)^α."
     def __init__(self,
         capacity: int,  # entries
         alpha: float = .6,  # 0: uniform; 1: in proportion to the priority
@@ -249,7 +249,7 @@ class Priorities:
         priority,  # (b,) errors δ ≥ 0, or None: the largest met so far
         n: int,  # b
     ) -> np.ndarray:  # (b,) p
-        "Refuse priorities that cannot be; raise the others to α"
+        "Refuse priorities that cannot be; raise the others to α."
         if priority is None: return np.full(n, self.largest)
         p = priority.detach().cpu().numpy() if isinstance(priority, Tensor) else np.asarray(priority)
         p = p.astype(np.float64).reshape(-1)
@@ -260,12 +260,12 @@ class Priorities:
         return (p + self.eps) ** self.alpha
 
     def put(self, idx: np.ndarray, p: np.ndarray):
-        "Set entries to checked priorities, and remember the largest"
+        "Set entries to checked priorities, and remember the largest."
         self.tree.update(idx, p)
         self.largest = max(self.largest, float(p.max(initial=0)))
 
     def draw(self, n: int, beta: float, generator: torch.Generator) -> tuple[np.ndarray, np.ndarray]:
-        "`n` stratified entries and their importance weights"
+        "`n` stratified entries and their importance weights."
         mass = _uniform(n, generator) + np.arange(n)
         mass *= self.tree.running()[-1] / n
         idx = self.tree.find(mass)
@@ -279,12 +279,12 @@ def anneal_beta(
     start: float = .4,  # β at the first step
     end: float = 1.,  # β from `steps` on
 ) -> float:
-    "Linear schedule for β (Schaul et al. 2016, section 3.4)"
+    "Linear schedule for β (Schaul et al. 2016, section 3.4)."
     return end if step >= steps else start + (end - start) * max(step, 0) / steps
 
 # %% ../../nbs/03_replay.ipynb #91df3168
 class ReplaySample(NamedTuple):
-    "What a draw returns"
+    "What a draw returns."
     batch: tuple | dict  # the fields, each (b, ...), as tuple or dict like the experiences that were stored
     idx: Tensor  # (b,) slots drawn
     weights: Tensor  # (b,) importance weights, the largest is one
@@ -294,12 +294,12 @@ REPLAY_STRATEGIES = ("prioritised", "uniform", "reservoir", "class_balanced")
 
 # %% ../../nbs/03_replay.ipynb #bd2a846f
 def _arrays(o: "ClassBalanced | None") -> dict[str, np.ndarray]:
-    "The arrays among the attributes of an object; none without one"
+    "The arrays among the attributes of an object; none without one."
     return {k: v for k, v in vars(o).items() if isinstance(v, np.ndarray)} if o else {}
 
 
 class ReplayBuffer:
-    "Experiences kept by one of four strategies, drawn in batches; slots, draws and keys come from one CPU generator"
+    "Experiences kept by one of four strategies, drawn in batches; slots, draws and keys come from one CPU generator."
     def __init__(self,
         capacity: int = 5000,  # experiences held at most
         strategy: str = "prioritised",  # or "uniform": newest kept; "reservoir", "class_balanced": drawn uniformly
@@ -331,25 +331,25 @@ class ReplayBuffer:
 
     @property
     def nbytes(self) -> int:
-        "Bytes allocated for experiences, priorities and classes"
+        "Bytes allocated for experiences, priorities and classes."
         levels = self.priorities.tree.levels if self.priorities else []
         return sum(v.nbytes for v in [*self.store.data.values(), *levels, *_arrays(self.classes).values()])
 
     def push(self, experience, p: float | None = None):
-        "Store one experience, a tuple, dict or tensor; `p` is its priority, by default the largest met so far"
+        "Store one experience, a tuple, dict or tensor; `p` is its priority, by default the largest met so far."
         if isinstance(experience, Tensor): experience = (experience,)
         rows = experience if isinstance(experience, dict) else dict(enumerate(experience))
         self._extend({k: torch.as_tensor(v)[None] for k, v in rows.items()}, p)
 
     def extend(self, *rows: Tensor, priority: Tensor | None = None, **named: Tensor):
-        "Store a batch: fields (b, ...) by position or by name, priorities (b,)"
+        "Store a batch: fields (b, ...) by position or by name, priorities (b,)."
         self._extend(dict(enumerate(rows)) | named, priority)
 
     def sample(self,
         n: int,  # experiences to draw
         beta: float | None = None,  # strength of the importance weights
     ) -> ReplaySample:
-        "Draw `n` experiences with replacement"
+        "Draw `n` experiences with replacement."
         if not isinstance(n, int) or n < 1: raise ValueError(f"sample: expected a whole number ≥ 1, got {n!r}")
         if not len(self): raise ValueError("sample: the buffer is empty; push or extend first")
         if self.priorities is None:
@@ -367,7 +367,7 @@ class ReplayBuffer:
 # %% ../../nbs/03_replay.ipynb #efdcb836
 @patch
 def _extend(self: ReplayBuffer, rows: dict, priority: Tensor | float | None):
-    "Check everything, then ask the rule where to store, then store"
+    "Check everything, then ask the rule where to store, then store."
     rows, n = _check_rows(rows, self.store.data)
     p = self.priorities.check(priority, n) if self.priorities else None
     labels = self.classes.check(self._labels(rows)) if self.classes else None
@@ -382,7 +382,7 @@ def _extend(self: ReplayBuffer, rows: dict, priority: Tensor | float | None):
 
 @patch
 def _labels(self: ReplayBuffer, rows: dict) -> Tensor:
-    "The field that holds the class"
+    "The field that holds the class."
     name = self.label if self.label is not None else 1 if 0 in rows else "y"
     if name not in rows:
         raise ValueError(f"class_balanced: no field {name!r} among {list(rows)}; name the class field with label=")
@@ -394,7 +394,7 @@ def update(self: ReplayBuffer,
     idx: Tensor,  # (b,) slots, as `sample` names them
     priority: Tensor,  # (b,) errors δ ≥ 0
 ):
-    "Give slots new priorities; the last counts where a slot repeats. Strategies without priorities take no notice"
+    "Give slots new priorities; the last counts where a slot repeats. Strategies without priorities take no notice."
     if self.priorities is None: return
     idx = idx.cpu().numpy() if isinstance(idx, Tensor) else np.asarray(idx)
     if len(idx) and not 0 <= idx.min() <= idx.max() < len(self):
@@ -404,7 +404,7 @@ def update(self: ReplayBuffer,
 # %% ../../nbs/03_replay.ipynb #50818d08
 @patch
 def to(self: ReplayBuffer, device: torch.device | str) -> ReplayBuffer:
-    "Move the experiences; priorities and draws stay on the CPU"
+    "Move the experiences; priorities and draws stay on the CPU."
     self.store.device = torch.device(device)
     self.store.data = {k: v.to(device) for k, v in self.store.data.items()}
     return self
@@ -412,7 +412,7 @@ def to(self: ReplayBuffer, device: torch.device | str) -> ReplayBuffer:
 # %% ../../nbs/03_replay.ipynb #3a56d714
 @patch
 def state_dict(self: ReplayBuffer) -> dict:
-    "A copy of everything: configuration, experiences, priorities or classes, generator"
+    "A copy of everything: configuration, experiences, priorities or classes, generator."
     n = len(self)
     state = {
         "config": dict(self.config),
@@ -430,7 +430,7 @@ def state_dict(self: ReplayBuffer) -> dict:
 
 
 def _check_config(here: dict, there: dict) -> None:
-    "Refuse a state of a buffer that was made with other settings"
+    "Refuse a state of a buffer that was made with other settings."
     differ = [k for k, v in here.items() if there.get(k) != v]
     if not differ: return
     ours = {k: here.get(k) for k in differ}
@@ -442,7 +442,7 @@ def _check_config(here: dict, there: dict) -> None:
 
 @patch
 def load_state_dict(self: ReplayBuffer, state: dict):
-    "Continue from a `state_dict`; the buffer must have been made with the same settings"
+    "Continue from a `state_dict`; the buffer must have been made with the same settings."
     _check_config(self.config, state["config"])
     self.__init__(**self.config, beta=state["beta"], device=self.store.device, generator=self.generator)
     self.seen = state["seen"]
@@ -457,7 +457,7 @@ def load_state_dict(self: ReplayBuffer, state: dict):
 
 # %% ../../nbs/03_replay.ipynb #ad873fce
 class PriorityDraw(NamedTuple):
-    "What prioritised replay does with a set of losses"
+    "What prioritised replay does with a set of losses."
     prob: np.ndarray  # (n,) chance of each item in one draw
     count: np.ndarray  # (n,) how often it was drawn
     weight: np.ndarray  # (n,) its importance weight, the largest of all items being one
@@ -470,7 +470,7 @@ def explain_draw(
     batch: int = 128,  # items to draw
     seed: int = 0,  # of the draw
 ) -> PriorityDraw:
-    "Sampling probabilities, one draw, and the weights"
+    "Sampling probabilities, one draw, and the weights."
     pr = Priorities(len(loss), alpha)
     p = pr.check(loss, len(loss))
     pr.put(np.arange(len(p)), p)
@@ -484,7 +484,7 @@ def show_draw(
     draw: PriorityDraw,  # from `explain_draw`, or counted in a run
     title: str = "",  # above the figure
 ):
-    "Three panels: chance of each item, share of each class held and drawn, weight against loss"
+    "Three panels: chance of each item, share of each class held and drawn, weight against loss."
     import matplotlib.pyplot as plt
     fig, (a, b, c) = plt.subplots(1, 3, figsize=(6.5, 2.3), layout="constrained")
     rank = np.argsort(-draw.prob, kind="stable")

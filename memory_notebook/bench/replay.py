@@ -14,7 +14,7 @@ from memory_notebook.runs import Run, benchmark, text_table
 
 
 class _Deques:
-    "The usual buffer: two deques, probabilities made anew for each draw"
+    "The usual buffer: two deques, probabilities made anew for each draw."
     def __init__(self, items, priority):
         self.items = deque(maxlen=len(priority))
         self.priority = deque(maxlen=len(priority))
@@ -30,7 +30,7 @@ class _Deques:
 
 
 def _peers(x: Tensor, y: Tensor, priority: Tensor, n: int) -> dict[str, Callable]:
-    "A draw from two deques, and one by torch.multinomial with batch and weights"
+    "A draw from two deques, and one by torch.multinomial with batch and weights."
     deques = _Deques(zip(x, y), priority.tolist())
     p = (priority.double() + 1e-6) ** .6
 
@@ -51,7 +51,7 @@ def _medians(
     repeats: int,  # timed calls of each
     block: int = 10,  # calls in a row, of which the first is not counted
 ) -> dict[str, float]:  # name -> µs a call
-    "Median time of each call, in blocks that take turns; `runs.race` has no untimed preparation before each call"
+    "Median time of each call, in blocks that take turns; `runs.race` has no untimed preparation before each call."
     times = {k: [] for k in calls}
     for _ in range(-(-repeats // (block - 1))):
         for k, call in calls.items():
@@ -65,13 +65,13 @@ def _medians(
 
 
 def _flush():
-    "What a training step does to the caches"
+    "What a training step does to the caches."
     m = torch.ones(400, 400)
     for _ in range(5): m @ m
 
 
 def _calls(name: str, update: Callable, sample: Callable, extend: Callable) -> dict[str, Callable | tuple]:
-    "The calls that ours and cpprb have in common; a draw always follows an update"
+    "The calls that ours and cpprb have in common; a draw always follows an update."
     def cold():
         update()
         _flush()
@@ -80,7 +80,7 @@ def _calls(name: str, update: Callable, sample: Callable, extend: Callable) -> d
 
 
 def _cpprb(x: Tensor, y: Tensor, priority: Tensor, n: int, turn) -> dict[str, Callable | tuple]:
-    "cpprb's calls; none if it is not installed"
+    "cpprb's calls; none if it is not installed."
     try: from cpprb import PrioritizedReplayBuffer
     except ImportError: return {}
     buffer = PrioritizedReplayBuffer(len(x), {"x": {"shape": x.shape[1]}, "y": {"dtype": np.int64}}, alpha=.6)
@@ -92,7 +92,7 @@ def _cpprb(x: Tensor, y: Tensor, priority: Tensor, n: int, turn) -> dict[str, Ca
 
 
 def _ours(x: Tensor, y: Tensor, priority: Tensor, n: int, turn) -> dict[str, Callable | tuple]:
-    "Our calls, and the uniform draw"
+    "Our calls, and the uniform draw."
     buffer = ReplayBuffer(len(x))
     uniform = ReplayBuffer(len(x), "uniform")
     buffer.extend(x, y, priority=priority)
@@ -104,7 +104,7 @@ def _ours(x: Tensor, y: Tensor, priority: Tensor, n: int, turn) -> dict[str, Cal
 
 
 def _bench_size(size: int, batch: int, width: int, repeats: int, peers: bool) -> dict[str, float]:
-    "µs a call at one size and item width"
+    "µs a call at one size and item width."
     g = torch.Generator().manual_seed(size + width)
     x = torch.rand(size, width, generator=g)
     y = torch.arange(size) % 10
@@ -116,7 +116,7 @@ def _bench_size(size: int, batch: int, width: int, repeats: int, peers: bool) ->
 
 
 def _size(n: int) -> str:
-    "A size as in the names of metrics: 1m, 5k, 50"
+    "A size as in the names of metrics: 1m, 5k, 50."
     if n % 10**6 == 0: return f"{n // 10**6}m"
     return f"{n // 1000}k" if n % 1000 == 0 else str(n)
 
@@ -130,7 +130,7 @@ def bench_replay(
     widths: tuple[int, ...] = (1, 64),  # floats of an item; the first is compared with all peers, the others with cpprb
     repeats: int = 200,  # rounds, of which the median is taken
 ) -> dict:  # flat metrics, µs a call
-    "Draws, updates and additions of replay buffers, side by side on one thread"
+    "Draws, updates and additions of replay buffers, side by side on one thread."
     metrics = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -155,7 +155,7 @@ _ROWS = (
 def replay_table(
     metrics: dict,  # what `bench_replay` returns
 ) -> str:
-    "The figures as a table, µs a call, with the ratios to the peers"
+    "The figures as a table, µs a call, with the ratios to the peers."
     ats = [k.removeprefix("replay.").removesuffix(".tree_us") for k in metrics if k.endswith(".tree_us")]
     cell = lambda v: "-" if v is None else f"{v:,.1f}"
     rows = {k: [metrics.get(f"replay.{at}.{k}_us") for at in ats] for k in _ROWS}
