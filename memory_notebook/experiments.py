@@ -60,7 +60,7 @@ CHAPTERS: dict[str, Chapter] = {
         ".agent.meta", "sinusoid", "few-shot regression of sine waves: MAML and its relatives against joint pretraining"
     ),
     "experiment:omniglot": Chapter(
-        ".agent.meta", "omniglot", "one-shot characters: MANN, LSTM, prototypes and the memory of rare events"
+        ".agent.oneshot", "omniglot", "one-shot characters: MANN, LSTM, prototypes and the memory of rare events"
     ),
     "experiment:copy": Chapter(
         ".machines.machines",
@@ -115,10 +115,10 @@ CHAPTERS: dict[str, Chapter] = {
         "tell a small GPT-2 ten to a thousand facts and ask what it says now, with every read",
     ),
     "benchmark:replay": Chapter(
-        ".agent.replay", "bench_replay", "draws, updates and additions of replay buffers, side by side", "replay_table"
+        ".bench.replay", "bench_replay", "draws, updates and additions of replay buffers, side by side", "replay_table"
     ),
     "benchmark:continual": Chapter(
-        ".continual.continual",
+        ".bench.continual",
         "bench_continual",
         "a training step beside avalanche, the code of van de Ven et al. and bare matrix products",
         "continual_table",
@@ -140,7 +140,7 @@ CHAPTERS: dict[str, Chapter] = {
         "feed-forward layer",
     ),
     "benchmark:maml": Chapter(
-        ".agent.meta", "bench_maml", "a second-order MAML step: the tasks side by side against a loop over them"
+        ".bench.maml", "bench_maml", "a second-order MAML step: the tasks side by side against a loop over them"
     ),
 }
 
