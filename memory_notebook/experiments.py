@@ -134,7 +134,7 @@ CHAPTERS: dict[str, Chapter] = {
         "a Differentiable Neural Computer forward and backward: by hand, autograd, as commonly written; sparse links",
     ),
     "benchmark:sparse": Chapter(
-        ".sparse.scale",
+        ".bench.sparse",
         "bench_sparse",
         "a memory layer from 2^14 to 2^20 slots: forward, backward, optimiser, beside product-key-memory and a "
         "feed-forward layer",
