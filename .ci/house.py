@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, NBS, PAGE = ROOT / "memory_notebook", ROOT / "nbs", ROOT / "CONTRIBUTING.md"
 BEGIN, END = "<!-- house rules: made by .ci/house.py -->", "<!-- end of house rules -->"
 WIDTH, CELL, MODULE, CHAIN = 120, 100, 750, 2
+SPOKEN_OF = r"(?i)\b(?:the (?:next|last|previous) chapter|chapter (?:before|after|on|of) (?!this)(?!\[\])\w+(?: \w+)?|`\d\d[a-z]?_\w+`)"
 
 
 class Chapter(NamedTuple):
@@ -75,8 +76,8 @@ def origin(module: str, node: ast.ImportFrom) -> str:
     return ".".join([*base, *([node.module] if node.module else [])])
 
 
-def long_chains() -> list[str]:
-    "Classes with more than one base class of ours above each other."
+def chains() -> dict[str, int]:
+    "How many of our own classes stand above each other, for each class."
     bases = {}
     for module, tree in modules().items():
         where = {}
@@ -88,7 +89,12 @@ def long_chains() -> list[str]:
                 names = [b.id for b in node.bases if isinstance(b, ast.Name)]
                 bases[module, node.name] = [where.get(n, (module, n)) for n in names]
     def depth(key): return 1 + max((depth(b) for b in bases[key]), default=0) if key in bases else 0
-    return [f"{depth(key)} {'.'.join(key)}" for key in bases if depth(key) > CHAIN]
+    return {".".join(key): depth(key) for key in bases}
+
+
+def long_chains() -> list[str]:
+    "Classes at the end of a chain that is too long."
+    return [f"{n} {name}" for name, n in chains().items() if n > CHAIN]
 
 
 def names_twice() -> list[str]:
@@ -211,7 +217,8 @@ def dead_links() -> list[str]:
                 if file and not (NBS / file).exists(): out.append(f"{chapter.path.name}: {target} is not there")
                 elif anchor and file in book and anchor not in book[file]:
                     out.append(f"{chapter.path.name}: {target} has no such heading")
-            bare = re.sub(r"\[[^\]]*\]\([^)]*\)", "", markdown)
+            bare = re.sub(r"\[[^\]]*\]\([^)]*\)", "[]", markdown)
+            for said in re.findall(SPOKEN_OF, bare): out.append(f"{chapter.path.name}: '{said}' is no link")
             for stem in re.findall(r"\b\d\d[a-z]?_[a-z0-9_]+", bare):
                 if stem in stems: out.append(f"{chapter.path.name}: {stem} is named without a link")
                 elif not re.match(r"\d\d_\d", stem): out.append(f"{chapter.path.name}: there is no chapter {stem}")
@@ -269,6 +276,7 @@ def table(found: list[Rule]) -> str:
     "The table as Markdown."
     rows = [f"| {rule.what} | {len(rule.found)} |" for rule in found]
     return "\n".join(["| house rule | places |", "|---|---|", *rows,
+                      f"| longest chain of inheritance of our own classes | {max(chains().values())} |",
                       f"| exported cells of at most 40 lines (at least nine in ten) | {under_forty()} |"])
 
 

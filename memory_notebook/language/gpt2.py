@@ -35,7 +35,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..core import unit
 from memory_notebook.language.bank import (
-    COLUMNS,
     Decision,
     Fact,
     MemoryBank,
@@ -444,7 +443,7 @@ class TeachableMemory(LearningMemory):
         try:
             self.bank = MemoryBank()
             self.use(read.name, **read.options)
-            self.bank._apply([(Fact(i, *(getattr(new, n) for n in COLUMNS[1:-1])), new) for i, new in enumerate(facts)])
+            self.bank.index.put([(Fact.told(i, new), new) for i, new in enumerate(facts)])
             ids, _, logits = self.run([r.ids for r in readings])
         finally:
             self.bank = bank
