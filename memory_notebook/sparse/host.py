@@ -47,7 +47,7 @@ def decoder_layers(
         )
     return found
 
-# %% ../../nbs/08a_host.ipynb #b067300d
+# %% ../../nbs/08a_host.ipynb #61b09650
 HUB = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")  # where a folder is from
 
 
@@ -100,7 +100,7 @@ class Host:
         kind = kind.removeprefix(before).removesuffix(after)
         if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(
-                f"no causal language model is known for the model type {kind!r}: load it yourself, then `add` the memory"
+                f"no causal language model is known for the model type {kind!r}: load it, then `add` the memory"
             )
         return self.of(MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[kind]])
 
