@@ -403,7 +403,7 @@ def chat(
     persona: str = typer.Option("default", help="whose memory"),
 ) -> None:
     "`memory_notebook chat-memory`: a conversation in the terminal, or through a pipe."
-    from memory_notebook.language.gpt2 import chat_memory
+    from memory_notebook.language.talk import chat_memory
     chat_memory(folder, model, persona)
 
 # %% ../nbs/12_experiments.ipynb #37480609

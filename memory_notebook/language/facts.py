@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from .bank import MemoryBank, NewFact
+from .calibration import Probe
 from .gpt2 import ContinualLearningGPT2, with_memory
-from .reads import READS, Probe
+from .reads import READS
 from .world import KINDS, RELATIONS, Fact, World, make_fact
 from ..runs import Run, experiment, over_seeds, race
 from ..train import pick_device
