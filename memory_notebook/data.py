@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'DataError', 'Source', 'DataSet', 'data_home', 'fetch', 'members', 'Images', 'load_digits', 'load_mnist',
-           'available', 'Batches', 'batches', 'Characters', 'Omniglot', 'load_omniglot', 'vinyals_names',
-           'load_omniglot_vinyals', 'Episodes', 'episodes', 'OneShotRuns', 'load_one_shot_runs', 'Question', 'Babi',
-           'load_babi', 'pad', 'babi_vocab', 'EncodedBabi', 'encode_babi', 'Graph', 'load_graph', 'Text',
-           'load_wikitext2', 'load_shakespeare', 'Series', 'load_series', 'Listed', 'datasets', 'describe']
+           'how_to_fetch', 'available', 'Batches', 'batches', 'Characters', 'Omniglot', 'load_omniglot',
+           'vinyals_names', 'load_omniglot_vinyals', 'Episodes', 'episodes', 'OneShotRuns', 'load_one_shot_runs',
+           'Question', 'Babi', 'load_babi', 'pad', 'babi_vocab', 'EncodedBabi', 'encode_babi', 'Graph', 'load_graph',
+           'load_text', 'Text', 'load_wikitext2', 'load_shakespeare', 'Series', 'load_series', 'Listed', 'datasets',
+           'describe']
 
 # %% ../nbs/00a_data.ipynb #0b376040
 import contextlib
@@ -254,18 +255,25 @@ def load_mnist(
     return Images(image("train"), label("train"), image("t10k"), label("t10k"))
 
 # %% ../nbs/00a_data.ipynb #60493ea1
+def how_to_fetch(
+    name: str,  # a data set: a key of `DATASETS`
+) -> str:
+    "One line for whoever skips a data set that is not here: its name, its size, and the command that fetches it"
+    if name not in DATASETS: raise ValueError(f"no data set {name!r}; there are: {', '.join(DATASETS)}")
+    unset = "unset MEMORY_NOTEBOOK_DATA and " if os.environ.get("MEMORY_NOTEBOOK_DATA") else ""
+    return f"needs {name} ({DATASETS[name].megabytes:g} MB); {unset}fetch it with: memory_notebook data {name} --fetch"
+
+
 def available(
     name: str,  # a data set: a key of `DATASETS`
     root: str | Path | None = None,  # cache folder; default: see `data_home`
     quiet: bool = False,  # do not print why not
 ) -> bool:
-    "True if every file of a data set lies here; otherwise prints what is missing"
-    if name not in DATASETS: raise ValueError(f"no data set {name!r}; there are: {', '.join(DATASETS)}")
-    missing = [s.path for s in DATASETS[name].files.values() if _find(s, root) is None]
-    if missing and not quiet:
-        print(f"skipped: {name} is not in {data_home(root)} (no {missing[0]}); load it once to download it, "
-                                    "or set MEMORY_NOTEBOOK_DATA to a local copy")
-    return not missing
+    "True if every file of a data set lies here; otherwise prints what is skipped and how to fetch it"
+    command = how_to_fetch(name)
+    here = all(_find(source, root) for source in DATASETS[name].files.values())
+    if not here and not quiet: print(f"skipped: {command}")
+    return here
 
 # %% ../nbs/00a_data.ipynb #e1895503
 class Batches:
@@ -779,6 +787,28 @@ DATASETS["tinyshakespeare"] = DataSet(
     ),
 )
 
+# %% ../nbs/00a_data.ipynb #54f1ad5b
+DATASETS["manual"] = DataSet(
+    "the language reference of Python, half a million characters", "PSF", "the Python documentation", 0, {}
+)
+
+def load_text(
+    name: str = "manual",  # 'manual', which comes with Python, 'tinyshakespeare' or 'wikitext-2'
+    root: str | Path | None = None,  # cache folder; default: see `data_home`
+) -> tuple[str, str]:  # to train on, to validate on
+    "A text as it is written; where the source has no validation part, that is its last tenth"
+    if name == "wikitext-2":
+        return fetch(name, "train.txt", root).decode(), fetch(name, "valid.txt", root).decode()
+    if name == "tinyshakespeare":
+        text = fetch(name, "input.txt", root).decode()
+    elif name == "manual":
+        from pydoc_data.topics import topics
+        text = "\n\n".join(topics[title].strip() for title in sorted(topics))
+    else:
+        raise ValueError(f"name must be 'manual', 'tinyshakespeare' or 'wikitext-2', got {name!r}")
+    cut = int(.9 * len(text))
+    return text[:cut], text[cut:]
+
 # %% ../nbs/00a_data.ipynb #18ade8ae
 class Text(NamedTuple):
     "A text as one row of token numbers"
@@ -804,10 +834,8 @@ def load_shakespeare(
     root: str | Path | None = None,  # cache folder; default: see `data_home`
 ) -> Text:
     "Tiny Shakespeare by characters; the last tenth is for validation, as in nanoGPT"
-    raw = np.frombuffer(fetch("tinyshakespeare", "input.txt", root), np.uint8)
-    symbols, numbers = np.unique(raw, return_inverse=True)
-    cut = int(.9 * len(raw))
-    return Text(torch.from_numpy(numbers[:cut]), torch.from_numpy(numbers[cut:]), None, list(map(chr, symbols)))
+    parts, symbols = _numbered(list(map(list, load_text("tinyshakespeare", root))))
+    return Text(*parts, None, symbols)
 
 # %% ../nbs/00a_data.ipynb #42231ed7
 _STATS = _GITHUB + "/statsmodels/statsmodels/82c59e378bdfb5ae324006c477954879ad3e24be/statsmodels/datasets/"
@@ -876,13 +904,15 @@ class Listed(NamedTuple):
     source: str  # where the first file comes from
 
 # %% ../nbs/00a_data.ipynb #2fb8e0f1
+_BROUGHT_BY = {"digits": "scikit-learn", "manual": "Python"}  # never fetched
+
 def datasets(
     root: str | Path | None = None,  # cache folder; default: see `data_home`
 ) -> list[Listed]:
     "All data sets this library can load"
-    url = lambda d: next((s.urls[0] for s in d.files.values()), "scikit-learn")
+    url = lambda n, d: next((s.urls[0] for s in d.files.values()), _BROUGHT_BY.get(n, ""))
     return [
-        Listed(n, available(n, root, quiet=True), d.megabytes, d.what, d.licence, d.cite, url(d))
+        Listed(n, available(n, root, quiet=True), d.megabytes, d.what, d.licence, d.cite, url(n, d))
         for n, d in DATASETS.items()
     ]
 
