@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test lab docs quarto prepare clean
+.PHONY: help demo test test-data lab docs quarto prepare clean
 
 help:
 	@echo "make demo      an agent learns a stream of tasks on real data, with and without memory: table, figure, runs/agent/"
 	@echo "make test      run every chapter and every test, and count them"
+	@echo "make test-data the chapters and tests that read real data sets, which are fetched where they are missing"
 	@echo "make lab       read and change the book in JupyterLab"
 	@echo "make docs      build the pages in _docs/ (needs Quarto)"
 	@echo "make prepare   before a commit: clean, export, test, clean, README"
@@ -19,6 +20,9 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python .ci/test.py
+
+test-data: .venv/ready
+	$(BIN)/python .ci/test.py --data
 
 lab: .venv/ready
 	$(BIN)/jupyter lab nbs/index.ipynb
@@ -40,7 +44,7 @@ prepare: .venv/ready
 	$(BIN)/python .ci/docs.py --readme
 
 clean:
-	rm -rf _docs _proc build dist nbs/sidebar.yml .pytest_cache
+	rm -rf _docs _proc build dist .pytest_cache
 	find memory_notebook nbs tests -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
 # torch comes first and alone: it is most of the download, and an interrupted set-up then goes on behind it.

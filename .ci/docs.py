@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Process the chapters for the docs site, as `nbdev_docs` does before Quarto, and check what came out. Needs no Quarto.
 
-    .ci/docs.py            write nbs/sidebar.yml and _proc/, check every page and README.md
+    .ci/docs.py            write _proc/, check every page and README.md
     .ci/docs.py --readme   write README.md from nbs/index.ipynb
     .ci/docs.py --check    only check that README.md is what nbs/index.ipynb makes
 """
@@ -46,9 +46,8 @@ def check_source(nb, bad):
         s = text(c["source"])
         if any(o["output_type"] == "error" for o in c.get("outputs", [])): bad(f"{name(c)} shows an error")
         if c["cell_type"] != "code" or re.match(r"(#\|.*\n)*#\|\s*(export|eval)", s) or "nbdev_export()" in s: continue
-        nodes = list(ast.walk(ast.parse(re.sub(r"(?m)^[%!].*", "", s))))
-        has = lambda *kinds: any(isinstance(n, kinds) for n in nodes)
-        if has(ast.Import, ast.ImportFrom) and has(ast.Expr, ast.Assign):
+        kinds = {type(node) for node in ast.walk(ast.parse(re.sub(r"(?m)^[%!].*", "", s)))}
+        if kinds & {ast.Import, ast.ImportFrom} and kinds & {ast.Expr, ast.Assign}:
             bad(f"{name(c)} mixes an import with other code")
 
 
@@ -104,12 +103,37 @@ def check_page(path, source, symbols, places, bad):
 
 def process():
     "The first half of `nbdev_docs`. (Not `nbdev_proc_nbs`, which would install Quarto.) Returns the sidebar."
-    from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml
+    from nbdev.quarto import refresh_quarto_yml
     from nbdev.serve import proc_nbs
     refresh_quarto_yml()
-    nbdev_sidebar.__wrapped__()
     proc_nbs(n_workers=2, force=True)
-    return yaml.safe_load((NBS / "sidebar.yml").read_text())["website"]["sidebar"]["contents"]
+    contents = yaml.safe_load((NBS / "sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
+    return list(pages(contents))
+
+
+def pages(contents):
+    "The pages of a sidebar with sections, in order."
+    for entry in contents:
+        if isinstance(entry, str): yield entry
+        elif "section" in entry: yield from pages(entry["contents"])
+        elif "href" in entry: yield entry["href"]
+
+
+def module_of(nb):
+    "The module that a notebook makes, with the package's name."
+    found = [m[1] for c in nb["cells"] if (m := re.match(r"#\|\s*default_exp\s+(\S+)", text(c["source"])))]
+    return f"memory_notebook.{''.join(found)}"
+
+
+def check_index(nb, sidebar, chapters):
+    "The index and the sidebar name every chapter once, in the order of the book. Returns what is wrong."
+    prose = "\n".join(text(c["source"]) for c in nb["cells"] if c["cell_type"] == "markdown")
+    want = [p.name for p in chapters if p.name != "index.ipynb"]
+    listed = re.findall(r"\]\(([\w.]+\.ipynb)\)", prose)
+    wrong = []
+    if listed != want: wrong.append(f"index.ipynb lists {listed}, the book is {want}")
+    if sidebar != ["index.ipynb", *want]: wrong.append(f"nbs/sidebar.yml lists {sidebar}, the book is {want}")
+    return wrong
 
 
 def check_docs():
@@ -133,12 +157,13 @@ def check_docs():
         if not (PROC / path.name).exists():
             bad(path)("was not processed")
             continue
-        module = f"memory_notebook.{slug(path.stem)}"
+        module = module_of(nb)
         public = [
             s for k in modidx["syms"].get(module, {}) if "." not in (s := k.removeprefix(module + ".")) and s[0] != "_"
         ]
         for k, n in check_page(PROC / path.name, nb, public, places, bad(path)).items():
             counts[k] = counts.get(k, 0) + n
+    failures += check_index(chapters[INDEX], sidebar, chapters)
     print(f"docs: {len(chapters)} chapters processed, " + ", ".join(f"{n} {k}" for k, n in counts.items()))
     return failures
 

@@ -1,6 +1,7 @@
 """What a reader meets in a real browser: saved widgets without a kernel, and a chapter that runs in JupyterLab.
 
-Needs Chromium, playwright and npm, and the npm registry the first time (the packages are then kept in .pytest_cache); skipped without them.
+Needs Chromium, playwright and npm, and the npm registry the first time (the packages are then kept in
+.pytest_cache); skipped without them.
 Deselect with `pytest -m "not browser"`.
 """
 import json
@@ -63,7 +64,7 @@ def cdn(request):
 
 
 def docs_page(nb: dict) -> str:
-    "The widgets of a notebook in a page like those that Quarto makes: state, views, and the same scripts from the same CDN."
+    "The widgets of a notebook in a page like those that Quarto makes: state, views, and the same scripts."
     script = lambda kind, data: f'<script type="{kind}">{json.dumps(data).replace("<", chr(92) + "u003c")}</script>'
     views = [o["data"][VIEW] for c in nb["cells"] for o in c.get("outputs", []) if VIEW in o.get("data", {})]
     return f"""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>widgets</title>
@@ -118,7 +119,7 @@ def run_cells(*sources: str) -> dict:
 
 
 def test_static_view_answers_without_a_kernel(browser, cdn):
-    "The chapter's static view follows the keyboard, the mouse and the Play button; its live view keeps its note and does not follow."
+    "The static view follows the keyboard, the mouse and the Play button; the live view keeps its note and does not."
     page, errors = open_static(browser, cdn, json.loads(CHAPTER.read_text(encoding="utf-8")))
     live = "#view0"
     static = "#view1"
@@ -190,7 +191,7 @@ def saved_views():
 
 @pytest.mark.parametrize("path", saved_views(), ids=lambda p: p.stem)
 def test_saved_widgets_are_drawn(browser, cdn, path):
-    "Every widget that a chapter shows can be built from what was saved, and every image in it has loaded and has an alternative text."
+    "Every widget of a chapter can be built from what was saved; every image in it has loaded and has a text."
     page, errors = open_static(browser, cdn, json.loads(path.read_text(encoding="utf-8")))
     for view in page.locator("[id^=view]").all(): view.locator(".jupyter-widgets").first.wait_for()
     page.wait_for_function(
