@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DATASETS', 'DataError', 'Source', 'DataSet', 'data_home', 'fetch', 'members', 'Images', 'load_digits', 'load_mnist',
            'how_to_fetch', 'available', 'Batches', 'batches', 'Characters', 'Omniglot', 'load_omniglot',
-           'load_omniglot_vinyals', 'Episodes', 'episodes', 'OneShotRuns', 'load_one_shot_runs', 'load_text', 'Listed',
+           'load_omniglot_vinyals', 'Episodes', 'episodes', 'OneShotRuns', 'load_one_shot_runs', 'load_text',
            'datasets', 'describe']
 
 # %% ../nbs/00a_data.ipynb #0b376040
@@ -386,7 +386,8 @@ def _cached(
         with open(temporary, "wb") as f: np.savez(f, x=x.numpy())
         os.replace(temporary, path)
     except OSError as e:
-        warnings.warn(f"cannot keep {path} for the next time ({_reason(e)}); pass root= to choose another folder")
+        message = f"cannot keep {path} for the next time ({_reason(e)}); pass root= to choose another folder"
+        warnings.warn(message, stacklevel=2)
         with contextlib.suppress(OSError): temporary.unlink()
     return x
 
@@ -449,7 +450,7 @@ def load_omniglot_vinyals(
     dtype: torch.dtype = torch.float32,  # torch.uint8 keeps bytes
     root: str | Path | None = None,  # cache folder; default: see `data_home`
 ) -> dict[str, Tensor]:  # 'train' | 'val' | 'test' → (characters, 20, size, size)
-    "Omniglot in the few-shot split: 1,028 / 172 / 423 characters; `episodes(…, rotate=True)` makes four classes of each"
+    "Omniglot in the few-shot split: 1,028, 172 and 423 characters; `episodes` with `rotate` has four classes of each"
     sets = load_omniglot(size, torch.uint8, root)
     images = torch.cat([s.images for s in sets])
     row = {n: i for i, n in enumerate(n for s in sets for n in s.names)}
@@ -630,7 +631,7 @@ def load_text(
     return text[:cut], text[cut:]
 
 # %% ../nbs/00a_data.ipynb #9019d48c
-class Listed(NamedTuple):
+class _Listed(NamedTuple):
     "One line of `datasets`"
     name: str
     here: bool  # every file is in the local copy or the cache
@@ -645,11 +646,11 @@ _BROUGHT_BY = {"digits": "scikit-learn", "manual": "Python"}  # never fetched
 
 def datasets(
     root: str | Path | None = None,  # cache folder; default: see `data_home`
-) -> list[Listed]:
+) -> list[_Listed]:
     "All data sets this library can load"
     url = lambda n, d: next((s.urls[0] for s in d.files.values()), _BROUGHT_BY.get(n, ""))
     return [
-        Listed(n, available(n, root, quiet=True), d.megabytes, d.what, d.licence, d.cite, url(n, d))
+        _Listed(n, available(n, root, quiet=True), d.megabytes, d.what, d.licence, d.cite, url(n, d))
         for n, d in DATASETS.items()
     ]
 
