@@ -164,9 +164,9 @@ def examine(
 # %% ../nbs/00h_practice.ipynb #699e4dbb
 class LSTM(nn.Module):
     "A plain LSTM with a linear output, in the form of the machines with memory."
-    def __init__(self, input_size: int, hidden_size: int = 256, output_size: int | None = None, layers: int = 1):
+    def __init__(self, input_size: int, hidden_size: int = 256, output_size: int | None = None, num_layers: int = 1):
         super().__init__()
-        self.lstm = nn.LSTM(input_size, hidden_size, layers, batch_first=True)
+        self.lstm = nn.LSTM(input_size, hidden_size, num_layers, batch_first=True)
         self.output = nn.Linear(hidden_size, output_size or input_size)
 
     def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
