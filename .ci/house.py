@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, NBS, PAGE = ROOT / "memory_notebook", ROOT / "nbs", ROOT / "CONTRIBUTING.md"
 BEGIN, END = "<!-- house rules: made by .ci/house.py -->", "<!-- end of house rules -->"
 WIDTH, CELL, MODULE, CHAIN = 120, 100, 750, 2
+SPOKEN_OF = r"(?i)\b(?:the (?:next|last|previous) chapter|chapter (?:before|after|on|of) (?!this)(?!\[\])\w+(?: \w+)?|`\d\d[a-z]?_\w+`)"
 
 
 class Chapter(NamedTuple):
@@ -216,7 +217,8 @@ def dead_links() -> list[str]:
                 if file and not (NBS / file).exists(): out.append(f"{chapter.path.name}: {target} is not there")
                 elif anchor and file in book and anchor not in book[file]:
                     out.append(f"{chapter.path.name}: {target} has no such heading")
-            bare = re.sub(r"\[[^\]]*\]\([^)]*\)", "", markdown)
+            bare = re.sub(r"\[[^\]]*\]\([^)]*\)", "[]", markdown)
+            for said in re.findall(SPOKEN_OF, bare): out.append(f"{chapter.path.name}: '{said}' is no link")
             for stem in re.findall(r"\b\d\d[a-z]?_[a-z0-9_]+", bare):
                 if stem in stems: out.append(f"{chapter.path.name}: {stem} is named without a link")
                 elif not re.match(r"\d\d_\d", stem): out.append(f"{chapter.path.name}: there is no chapter {stem}")
