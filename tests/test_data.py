@@ -205,6 +205,7 @@ def need(name: str) -> None:
     if not data.available(name, quiet=True): pytest.skip(data.how_to_fetch(name))
 
 
+@pytest.mark.data
 @pytest.mark.parametrize("name, file, load", [
     ("mnist", "train-images-idx3-ubyte.gz", data.load_mnist),
     ("omniglot", "images_background.zip", data.load_omniglot),
@@ -230,6 +231,7 @@ def test_damaged_local_file(name, file, load, damage, tmp_path, monkeypatch):
     assert str(copy) in one_line(e) and "expected" in str(e.value) and "Delete it and run again" in str(e.value)
 
 
+@pytest.mark.data
 def test_omniglot_without_a_writable_cache(tmp_path, monkeypatch):
     need("omniglot")
     (tmp_path / "file").write_text("not a folder")
