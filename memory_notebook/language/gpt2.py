@@ -49,6 +49,7 @@ from memory_notebook.language.calibration import (
 )
 from .reads import READS, KvRead, Moment, Session
 from .subjects import Heard, Lexicon, Listener, Parsed, parse
+from .worldlm import WORLD_GPT2
 from ..sparse.host import HUB, Host
 from ..train import write_atomic
 
@@ -630,13 +631,6 @@ def with_memory(
     return model.attach(tokenizer, **options)
 
 # %% ../../nbs/09e_gpt2.ipynb #a4baf534
-_SHIPPED = (
-    Path(__file__).parents[1] / "assets" / "world-gpt2"
-    if "__file__" in globals()
-    else Path("../memory_notebook/assets/world-gpt2")
-)
-
-
 def _class_for(cls: type, config: Any) -> type:
     "The class itself, if it can hold a model with this configuration, or the one that can."
     own = getattr(cls, "config_class", None)  # the mixin alone has none
@@ -654,7 +648,7 @@ def _from_pretrained(
 ) -> Any:
     "Load a model, its tokenizer and, if they were saved with it, calibration and bank."
     if name is None:
-        name = _SHIPPED
+        name = WORLD_GPT2
         options.setdefault("dtype", torch.float32)  # stored in half precision, in which a processor is slow
     hub = {k: options[k] for k in HUB if k in options}
     if config is None: config = AutoConfig.from_pretrained(name, **hub)
