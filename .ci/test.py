@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> bool:
     seconds: dict[str, float] = {}
     want = chapters(only_data)
     bad = run_notebooks(want, seconds)
-    passed, failed, skipped = run_tests(["-m", "data or browser"] if only_data else [], seconds)
+    passed, failed, skipped = run_tests(["-m", "(data or browser) and not lab"] if only_data else [], seconds)
     print("\nthe ten slowest:")
     for name, spent in sorted(seconds.items(), key=lambda item: -item[1])[:10]: print(f"{spent:7.1f} s  {name}")
     print(f"\n{len(want)} notebooks and {passed + failed} tests ran on {CORES} cores, {skipped} tests were skipped, "
