@@ -59,7 +59,7 @@ CHAPTERS: dict[str, Chapter] = {
         ".agent.meta", "sinusoid", "few-shot regression of sine waves: MAML and its relatives against joint pretraining"
     ),
     "experiment:omniglot": Chapter(
-        ".agent.meta", "omniglot", "one-shot characters: MANN, LSTM, prototypes and the memory of rare events"
+        ".agent.oneshot", "omniglot", "one-shot characters: MANN, LSTM, prototypes and the memory of rare events"
     ),
     "experiment:copy": Chapter(
         ".machines.machines", "copy_experiment",
@@ -104,32 +104,32 @@ CHAPTERS: dict[str, Chapter] = {
         "tell a small GPT-2 ten to a thousand facts and ask what it says now, with every read",
     ),
     "benchmark:replay": Chapter(
-        ".agent.replay", "bench_replay", "draws, updates and additions of replay buffers, side by side", "replay_table"
+        ".bench.replay", "bench_replay", "draws, updates and additions of replay buffers, side by side", "replay_table"
     ),
     "benchmark:continual": Chapter(
-        ".continual.continual",
+        ".bench.continual",
         "bench_continual",
         "a training step beside avalanche, the code of van de Ven et al. and bare matrix products",
         "continual_table",
     ),
     "benchmark:ntm": Chapter(
-        ".machines.machines",
+        ".bench.ntm",
         "bench_ntm",
         "a Neural Turing Machine forward and backward: by hand, through autograd, and as it is commonly written",
     ),
     "benchmark:dnc": Chapter(
-        ".machines.dnc_fast",
+        ".bench.dnc",
         "bench_dnc",
         "a Differentiable Neural Computer forward and backward: by hand, autograd, as commonly written; sparse links",
     ),
     "benchmark:sparse": Chapter(
-        ".sparse.scale",
+        ".bench.sparse",
         "bench_sparse",
         "a memory layer from 2^14 to 2^20 slots: forward, backward, optimiser, beside product-key-memory and a "
         "feed-forward layer",
     ),
     "benchmark:maml": Chapter(
-        ".agent.meta", "bench_maml", "a second-order MAML step: the tasks side by side against a loop over them"
+        ".bench.maml", "bench_maml", "a second-order MAML step: the tasks side by side against a loop over them"
     ),
 }
 
@@ -393,7 +393,7 @@ def _chat(
     persona: str = typer.Option("default", help="whose memory"),
 ) -> None:
     "`memory_notebook chat-memory`: a conversation in the terminal, or through a pipe."
-    from memory_notebook.language.gpt2 import chat_memory
+    from memory_notebook.language.talk import chat_memory
     chat_memory(folder, model, persona)
 
 # %% ../nbs/12_experiments.ipynb #37480609

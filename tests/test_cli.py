@@ -136,7 +136,7 @@ def test_run(undisturbed):
     assert {"forgetting_reduction", "agent.forgetting", "naive.forgetting", "agent.acc", "naive.acc"} <= set(
         result["metrics"]
     )
-    assert "naive-0: " in err and err.endswith(f"results in {folder}\n")
+    assert "naive-seed0: " in err and err.endswith(f"results in {folder}\n")
     table = experiments.report("experiment:agent", result, folder)
     assert "forgetting_reduction" in table and table.endswith(f"{folder}: agent.png, result.json")
 
