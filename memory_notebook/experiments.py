@@ -438,5 +438,4 @@ def main(
         return code
 
 # %% ../nbs/12_experiments.ipynb #a7eb4a91
-#| eval: false
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())  # `python -m`; a notebook has no file
