@@ -222,7 +222,7 @@ SPLIT_METHODS |= {
         network=lambda s, p: GenerativeClassifier(*_shape(s), samples=None),
         scenarios=("class",),
         # two classes share a batch
-        schedule=lambda p: {"steps": p.steps // 2, "batch_size": 2 * p.batch_size},
+        schedule=lambda p: {"steps": max(1, p.steps // 2), "batch_size": 2 * p.batch_size},
     ),
 }
 
