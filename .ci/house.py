@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, NBS, PAGE = ROOT / "memory_notebook", ROOT / "nbs", ROOT / "CONTRIBUTING.md"
 BEGIN, END = "<!-- house rules: made by .ci/house.py -->", "<!-- end of house rules -->"
 WIDTH, CELL, MODULE, CHAIN = 120, 100, 750, 2
-SPOKEN_OF = r"(?i)\b(?:the (?:next|last|previous) chapter|chapter (?:before|after|on|of) (?!this)(?!\[\])\w+(?: \w+)?|`\d\d[a-z]?_\w+`)"
+# Another chapter, spoken of in prose
+SPOKEN_OF = (r"(?i)\b(?:the (?:next|last|previous) chapter|chapter (?:before|after|on|of) (?!this)(?!\[\])\w+(?: \w+)?)"
+             r"|`\d\d[a-z]?_\w+`")
 
 
 class Chapter(NamedTuple):

@@ -23,8 +23,7 @@ def _check_width(vectors: Tensor, memory: Tensor, what: str = "keys") -> None:
     if vectors.dim() < 2 or memory.dim() < 2:
         raise ValueError(
             f"expected {what} (..., h, w) and memory (..., n, w), got {tuple(vectors.shape)} and "
-            f"{tuple(memory.shape)}: "
-            f"give {what} a head axis, .unsqueeze(-2)"
+            f"{tuple(memory.shape)}: give {what} a head axis, .unsqueeze(-2)"
         )
     if vectors.shape[-1] != memory.shape[-1]:
         raise ValueError(
@@ -71,6 +70,12 @@ def similarity(
     raise ValueError(f"kind is {kind!r}: choose 'cosine' or 'dot'")
 
 # %% ../nbs/00_core.ipynb #d6b5ec52
+def _strengthened(scores: Tensor, strength: Tensor | float) -> Tensor:
+    "Scores (..., h, n) times one strength for all heads, or one for each."
+    if isinstance(strength, Tensor) and strength.dim(): strength = strength.unsqueeze(-1)
+    return scores * strength
+
+
 def content_weights(
     keys: Tensor,  # (..., h, w) one key a head
     memory: Tensor,  # (..., n, w) slots
@@ -79,8 +84,7 @@ def content_weights(
     mask: Tensor | None = None,  # (..., n) True where a slot may be read
 ) -> Tensor:  # (..., h, n) rows that sum to 1, or to 0 where the mask leaves nothing
     "Address slots by what they contain. Graves et al. 2014, eq. 5."
-    scores = similarity(keys, memory, kind)
-    scores = scores * (strength.unsqueeze(-1) if isinstance(strength, Tensor) and strength.dim() else strength)
+    scores = _strengthened(similarity(keys, memory, kind), strength)
     if mask is None: return scores.softmax(-1)
     _check_weights(mask, memory.shape[-2], "mask")
     mask = mask.unsqueeze(-2)
@@ -191,9 +195,7 @@ def least_used(
     if not 1 <= k <= usage.shape[-1]:
         raise ValueError(f"k is {k}: expected 1 to {usage.shape[-1]}, the number of slots")
     index = usage.detach().sort(dim=-1, stable=True).indices[..., :k]
-    return torch.zeros(*index.shape, usage.shape[-1], dtype=usage.dtype, device=usage.device).scatter(
-        -1, index.unsqueeze(-1), 1.0
-    )
+    return torch.nn.functional.one_hot(index, usage.shape[-1]).to(usage.dtype)
 
 
 def lru_write_weights(
@@ -262,7 +264,8 @@ def update_sparse_links(
 
 
 def follow_sparse_links(
-    links: SparseLinks, read_weights: Tensor
+    links: SparseLinks,
+    read_weights: Tensor,  # (b, r, n) where each head read
 ) -> tuple[Tensor, Tensor]:  # forward and backward, (b, r, n) each
     "The same step as `follow_links`, along the strongest links only."
     b, r, n = read_weights.shape
@@ -290,11 +293,9 @@ def top_k_read(
     if not 1 <= k <= memory.shape[-2]:
         raise ValueError(f"k is {k}: expected 1 to {memory.shape[-2]}, the number of slots")
     score, index = similarity(keys, memory, kind).topk(k, dim=-1)
-    weights = (
-        score * (strength.unsqueeze(-1) if isinstance(strength, Tensor) and strength.dim() else strength)
-    ).softmax(-1)
-    # (..., h, k, d)
-    chosen = torch.take_along_dim((memory if values is None else values).unsqueeze(-3), index.unsqueeze(-1), dim=-2)
+    weights = _strengthened(score, strength).softmax(-1)
+    if values is None: values = memory
+    chosen = torch.take_along_dim(values.unsqueeze(-3), index.unsqueeze(-1), dim=-2)  # (..., h, k, d)
     return TopK((weights.unsqueeze(-2) @ chosen).squeeze(-2), weights, index)
 
 # %% ../nbs/00_core.ipynb #e2d64729

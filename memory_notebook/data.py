@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'DataError', 'Source', 'DataSet', 'data_home', 'fetch', 'members', 'Images', 'load_digits', 'load_mnist',
-           'available', 'Batches', 'batches', 'Characters', 'Omniglot', 'load_omniglot', 'vinyals_names',
-           'load_omniglot_vinyals', 'Episodes', 'episodes', 'OneShotRuns', 'load_one_shot_runs', 'Question', 'Babi',
-           'load_babi', 'pad', 'babi_vocab', 'EncodedBabi', 'encode_babi', 'Graph', 'load_graph', 'Text',
-           'load_wikitext2', 'load_shakespeare', 'Series', 'load_series', 'Listed', 'datasets', 'describe']
+           'how_to_fetch', 'available', 'Batches', 'batches', 'Characters', 'Omniglot', 'load_omniglot',
+           'load_omniglot_vinyals', 'Episodes', 'episodes', 'OneShotRuns', 'load_one_shot_runs', 'load_text',
+           'datasets', 'describe']
 
 # %% ../nbs/00a_data.ipynb #0b376040
 import contextlib
 import gzip
 import hashlib
 import io
-import json
+import math
 import os
 import tarfile
 import tempfile
@@ -38,8 +37,7 @@ class Source(NamedTuple):
     "One file of a data set"
     path: str  # 'folder/file' under the data home
     urls: tuple[str, ...]  # mirrors, tried in order
-    # accepted 'kind:hex', of the file or of its decompressed content; the first is the download's
-    hashes: tuple[str, ...] = ()
+    hashes: tuple[str, ...] = ()  # accepted 'kind:hex', of the file or of its content; the first is the download's
     also: tuple[str, ...] = ()  # other paths where a local copy may keep the same content
 
 # %% ../nbs/00a_data.ipynb #ea15fb15
@@ -99,12 +97,17 @@ def _content(
     "The decompressed content of a file whose hash is right"
     try: content = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
     except (EOFError, OSError, zlib.error): content = None
-    fits = lambda h: any(d is not None and _digest(h.split(":")[0], d) == h.split(":")[1] for d in (raw, content))
-    if content is not None and (not source.hashes or any(map(fits, source.hashes))): return content
+    if content is not None:
+        if not source.hashes: return content
+        for accepted in source.hashes:
+            kind, _, digest = accepted.partition(":")
+            if digest in (_digest(kind, raw), _digest(kind, content)): return content
     expected = source.hashes[0] if source.hashes else "a whole archive"
     kind = expected.split(":")[0] if source.hashes else "sha256"
-    raise DataError(f"{where} is damaged or cut short: expected {expected}, found {kind}:{_digest(kind, raw)} "
-                    f"({len(raw):,} bytes). Delete it and run again; it comes from {source.urls[0]}")
+    raise DataError(
+        f"{where} is damaged or cut short: expected {expected}, found {kind}:{_digest(kind, raw)} "
+        f"({len(raw):,} bytes). Delete it and run again; it comes from {source.urls[0]}"
+    )
 
 # %% ../nbs/00a_data.ipynb #6b3b0df7
 def _reason(e: Exception) -> str:
@@ -113,30 +116,37 @@ def _reason(e: Exception) -> str:
     return type(e).__name__ if not text or "ConnectionPool(" in text else f"{type(e).__name__}: {text[:400]}"
 
 # %% ../nbs/00a_data.ipynb #a8164aab
+@contextlib.contextmanager
+def _quiet_pooch() -> Iterator[None]:
+    "pooch announces each file; our one line says enough"
+    log = pooch.get_logger()
+    level = log.level
+    log.setLevel("WARNING")
+    try: yield
+    finally: log.setLevel(level)
+
+
 def _download(source: Source, root: str | Path | None) -> Path:
     "Bring one file into the cache from the first mirror that delivers it whole"
     target = data_home(root) / source.path
-    tried = []
-    log = pooch.get_logger()
+    instead = f"set MEMORY_NOTEBOOK_DATA to a folder that holds {source.path}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=target.parent).close()
     except OSError as e:
-        raise DataError(f"cannot write {target} ({_reason(e)}). Pass root= to choose another folder, or set "
-                                         f"MEMORY_NOTEBOOK_DATA to a folder that holds {source.path}") from None
-    level = log.level
-    log.setLevel("WARNING")
-    try:
+        raise DataError(
+            f"cannot write {target} ({_reason(e)}). Pass root= to choose another folder, or {instead}"
+        ) from None
+    tried = []
+    with _quiet_pooch():
         for url in source.urls:
-            try:
-                get = pooch.HTTPDownloader(progressbar=True, timeout=30)
-                return Path(
-                    pooch.retrieve(url, next(iter(source.hashes), None), target.name, target.parent, downloader=get)
-                )
+            get = pooch.HTTPDownloader(progressbar=True, timeout=30)
+            known = source.hashes[0] if source.hashes else None
+            try: return Path(pooch.retrieve(url, known, target.name, target.parent, downloader=get))
             except (OSError, ValueError) as e: tried.append(f"{url} ({_reason(e)})")
-    finally: log.setLevel(level)
-    raise DataError(f"cannot bring {source.path} into {data_home(root)}: tried {'; '.join(tried)}. Check the network, "
-                    f"or set MEMORY_NOTEBOOK_DATA to a folder that holds {source.path}")
+    raise DataError(
+        f"cannot bring {source.path} into {data_home(root)}: tried {'; '.join(tried)}. Check the network, or {instead}"
+    )
 
 # %% ../nbs/00a_data.ipynb #1eadba19
 def fetch(
@@ -189,13 +199,19 @@ class Images(NamedTuple):
 # %% ../nbs/00a_data.ipynb #aa14e0e6
 def _scaled(x: Tensor, top: int, dtype: torch.dtype) -> Tensor:
     "Bytes 0…`top` as they are for uint8, else as floats in [0, 1]"
-    if dtype == torch.uint8: return x
-    if not dtype.is_floating_point: raise TypeError(f"dtype must be torch.uint8 or a float type, got {dtype}")
-    return x.to(dtype).div_(top)
+    return x if dtype == torch.uint8 else x.to(dtype).div_(top)
+
+
+def _check_pictures(dtype: torch.dtype, size: int = 28) -> None:
+    "Options are checked before any file is asked for"
+    if dtype != torch.uint8 and not dtype.is_floating_point:
+        raise TypeError(f"dtype must be torch.uint8 or a float type, got {dtype}")
+    if not 1 <= size <= 105: raise ValueError(f"size must be between 1 and 105 pixels, got {size}")
 
 # %% ../nbs/00a_data.ipynb #28caa2ea
-DATASETS["digits"] = DataSet("1,797 handwritten digits, 8×8, 10 classes", "CC BY 4.0",
-                             "Alpaydin and Kaynak 1998 (UCI)", 0, {})
+DATASETS["digits"] = DataSet(
+    "1,797 handwritten digits, 8×8, 10 classes", "CC BY 4.0", "Alpaydin and Kaynak 1998 (UCI)", 0, {}
+)
 
 # %% ../nbs/00a_data.ipynb #fbca483c
 def load_digits(
@@ -204,6 +220,7 @@ def load_digits(
     "scikit-learn's digits, 1,437 to train and 360 to test, (1, 8, 8) each; nothing is downloaded"
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
+    _check_pictures(dtype)
     d = load_digits()
     split = train_test_split(
         d.images.astype(np.uint8)[:, None], d.target, test_size=360, stratify=d.target, random_state=0
@@ -212,29 +229,23 @@ def load_digits(
     return Images(_scaled(x_train, 16, dtype), y_train, _scaled(x_test, 16, dtype), y_test)
 
 # %% ../nbs/00a_data.ipynb #775774d1
+_MNIST = [
+    "https://ossci-datasets.s3.amazonaws.com/mnist/{file}",
+    "https://storage.googleapis.com/cvdf-datasets/mnist/{file}",
+    _GITHUB + "/fgnt/mnist/ae608a02b796c9ee908c082585a5f006fe05258e/{file}",
+]
 DATASETS["mnist"] = DataSet(
-    "70,000 handwritten digits, 28×28, 10 classes",
-    "CC BY-SA 3.0",
-    "LeCun et al. 1998",
-    11.6,
-    _files(
-        "mnist",
-        [
-            "https://ossci-datasets.s3.amazonaws.com/mnist/{file}",
-            "https://storage.googleapis.com/cvdf-datasets/mnist/{file}",
-            _GITHUB + "/fgnt/mnist/ae608a02b796c9ee908c082585a5f006fe05258e/{file}",
-        ],
-        {
-            "train-images-idx3-ubyte.gz": "md5:f68b3c2dcbeaaa9fbdd348bbdeb94873 "
-            "sha256:ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-            "train-labels-idx1-ubyte.gz": "md5:d53e105ee54ea40749a09fcbcd1e9432 "
-            "sha256:65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-            "t10k-images-idx3-ubyte.gz": "md5:9fb629c4189551a2d022fa330f9573f3 "
-            "sha256:0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-            "t10k-labels-idx1-ubyte.gz": "md5:ec29112dd5afa0611ce80d1b7f02629c "
-            "sha256:ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-        },
-    ),
+    "70,000 handwritten digits, 28×28, 10 classes", "CC BY-SA 3.0", "LeCun et al. 1998", 11.6,
+    _files("mnist", _MNIST, {
+        "train-images-idx3-ubyte.gz": "md5:f68b3c2dcbeaaa9fbdd348bbdeb94873 "
+                                      "sha256:ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "train-labels-idx1-ubyte.gz": "md5:d53e105ee54ea40749a09fcbcd1e9432 "
+                                      "sha256:65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "t10k-images-idx3-ubyte.gz": "md5:9fb629c4189551a2d022fa330f9573f3 "
+                                     "sha256:0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "t10k-labels-idx1-ubyte.gz": "md5:ec29112dd5afa0611ce80d1b7f02629c "
+                                     "sha256:ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    }),
 )
 
 # %% ../nbs/00a_data.ipynb #0eb27284
@@ -249,23 +260,31 @@ def load_mnist(
     root: str | Path | None = None,  # cache folder; default: see `data_home`
 ) -> Images:
     "MNIST, 60,000 to train and 10,000 to test, (1, 28, 28) each"
+    _check_pictures(dtype)
     image = lambda part: _scaled(_idx(fetch("mnist", f"{part}-images-idx3-ubyte.gz", root))[:, None], 255, dtype)
     label = lambda part: _idx(fetch("mnist", f"{part}-labels-idx1-ubyte.gz", root)).long()
     return Images(image("train"), label("train"), image("t10k"), label("t10k"))
 
 # %% ../nbs/00a_data.ipynb #60493ea1
+def how_to_fetch(
+    name: str,  # a data set: a key of `DATASETS`
+) -> str:
+    "One line for whoever skips a data set that is not here: its name, its size, and the command that fetches it"
+    if name not in DATASETS: raise ValueError(f"no data set {name!r}; there are: {', '.join(DATASETS)}")
+    unset = "unset MEMORY_NOTEBOOK_DATA and " if os.environ.get("MEMORY_NOTEBOOK_DATA") else ""
+    return f"needs {name} ({DATASETS[name].megabytes:g} MB); {unset}fetch it with: memory_notebook data {name} --fetch"
+
+
 def available(
     name: str,  # a data set: a key of `DATASETS`
     root: str | Path | None = None,  # cache folder; default: see `data_home`
     quiet: bool = False,  # do not print why not
 ) -> bool:
-    "True if every file of a data set lies here; otherwise prints what is missing"
-    if name not in DATASETS: raise ValueError(f"no data set {name!r}; there are: {', '.join(DATASETS)}")
-    missing = [s.path for s in DATASETS[name].files.values() if _find(s, root) is None]
-    if missing and not quiet:
-        print(f"skipped: {name} is not in {data_home(root)} (no {missing[0]}); load it once to download it, "
-                                    "or set MEMORY_NOTEBOOK_DATA to a local copy")
-    return not missing
+    "True if every file of a data set lies here; otherwise prints what is skipped and how to fetch it"
+    command = how_to_fetch(name)
+    here = all(_find(source, root) for source in DATASETS[name].files.values())
+    if not here and not quiet: print(f"skipped: {command}")
+    return here
 
 # %% ../nbs/00a_data.ipynb #e1895503
 class Batches:
@@ -286,20 +305,20 @@ class Batches:
 
     def __len__(self) -> int:
         n = len(self.tensors[0])
-        b = self.batch_size
-        return n // b if self.drop_last else -(-n // b)
+        return n // self.batch_size if self.drop_last else math.ceil(n / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        n = len(self.tensors[0])
-        b = self.batch_size
-        g = self.generator
-        x = self.tensors[0]
-        order = (
-            torch.randperm(n, generator=g, device=g.device if g else x.device).to(x.device) if self.shuffle else None
-        )
-        for i in range(0, len(self) * b, b):
-            pick = slice(i, i + b) if order is None else order[i:i + b]
+        order = self._order() if self.shuffle else None
+        for i in range(0, len(self) * self.batch_size, self.batch_size):
+            pick = slice(i, i + self.batch_size)
+            if order is not None: pick = order[pick]
             yield tuple(t[pick] for t in self.tensors)
+
+    def _order(self) -> Tensor:
+        "A new order, drawn on the generator's device"
+        first = self.tensors[0]
+        device = self.generator.device if self.generator else first.device
+        return torch.randperm(len(first), generator=self.generator, device=device).to(first.device)
 
 # %% ../nbs/00a_data.ipynb #56a5b603
 def batches(
@@ -319,36 +338,21 @@ def batches(
 _LAKE = _GITHUB + "/brendenlake/omniglot/057f034baf2ecb8530bc5710e5a23584d2a519cc/python/"
 _SNELL = _GITHUB + "/jakesnell/prototypical-networks/c9bb4d258267c11cb6e23f0a19242d24ca98ad8a/data/omniglot/"
 DATASETS["omniglot"] = DataSet(
-    "1,623 characters of 50 alphabets, each drawn by 20 people, 105×105",
-    "MIT",
-    "Lake et al. 2015",
-    16.5,
-    {
-        **_files(
-            "omniglot",
-            [_LAKE + "{file}"],
-            {
-                "images_background.zip": "md5:68d2efa1b9178cc56df9314c21c6e718 "
-                "sha256:12f28f39d6d0baaa9b94998e145067e51cc8bdac385d5b3c8994ade9a99f11a2",
-                "images_evaluation.zip": "md5:6b91aef0f799c5bb55b94e3f2daec811 "
-                "sha256:7fd4f63de21cc4a4e0abb7d2f4b8d5491637b42651c1817c538392ae00186206",
-            },
-        ),
-        **_files(
-            "omniglot",
-            [_LAKE + "one-shot-classification/{file}"],
-            {"all_runs.zip": "sha256:437c1eeab0af8484112e1b4cc0f3d541ec727f7c47b9b202da738af9dfd6c325"},
-        ),
-        **_files(
-            "omniglot",
-            [_SNELL + "{file}"],
-            {
-                "splits/vinyals/train.txt": "sha256:984522c194c30fb678ce53304a160a42faf5403ad4f9a67010f32dd3a35738e0",
-                "splits/vinyals/val.txt": "sha256:11f99e54faee3e26f53d3231c1cceac5bf7b8730e9be31cb6dab256551dc0c1a",
-                "splits/vinyals/test.txt": "sha256:845264cc5c156180828ccf17915668b17ee21424d0170df6e7d81676aa5d1204",
-            },
-        ),
-    },
+    "1,623 characters of 50 alphabets, each drawn by 20 people, 105×105", "MIT", "Lake et al. 2015", 16.5,
+    _files("omniglot", [_LAKE + "{file}"], {
+        "images_background.zip": "md5:68d2efa1b9178cc56df9314c21c6e718 "
+                                 "sha256:12f28f39d6d0baaa9b94998e145067e51cc8bdac385d5b3c8994ade9a99f11a2",
+        "images_evaluation.zip": "md5:6b91aef0f799c5bb55b94e3f2daec811 "
+                                 "sha256:7fd4f63de21cc4a4e0abb7d2f4b8d5491637b42651c1817c538392ae00186206",
+    })
+    | _files("omniglot", [_LAKE + "one-shot-classification/{file}"], {
+        "all_runs.zip": "sha256:437c1eeab0af8484112e1b4cc0f3d541ec727f7c47b9b202da738af9dfd6c325",
+    })
+    | _files("omniglot", [_SNELL + "{file}"], {
+        "splits/vinyals/train.txt": "sha256:984522c194c30fb678ce53304a160a42faf5403ad4f9a67010f32dd3a35738e0",
+        "splits/vinyals/val.txt": "sha256:11f99e54faee3e26f53d3231c1cceac5bf7b8730e9be31cb6dab256551dc0c1a",
+        "splits/vinyals/test.txt": "sha256:845264cc5c156180828ccf17915668b17ee21424d0170df6e7d81676aa5d1204",
+    }),
 )
 
 # %% ../nbs/00a_data.ipynb #e739ece2
@@ -382,7 +386,8 @@ def _cached(
         with open(temporary, "wb") as f: np.savez(f, x=x.numpy())
         os.replace(temporary, path)
     except OSError as e:
-        warnings.warn(f"cannot keep {path} for the next time ({_reason(e)}); pass root= to choose another folder")
+        message = f"cannot keep {path} for the next time ({_reason(e)}); pass root= to choose another folder"
+        warnings.warn(message, stacklevel=2)
         with contextlib.suppress(OSError): temporary.unlink()
     return x
 
@@ -425,11 +430,11 @@ def load_omniglot(
     root: str | Path | None = None,  # cache folder; default: see `data_home`
 ) -> Omniglot:
     "Omniglot's background and evaluation sets (Lake et al. 2015): 964 and 659 characters, 20 drawings each"
-    if not 1 <= size <= 105: raise ValueError(f"size must be between 1 and 105 pixels, got {size}")
+    _check_pictures(dtype, size)
     return Omniglot(_characters("background", size, dtype, root), _characters("evaluation", size, dtype, root))
 
 # %% ../nbs/00a_data.ipynb #1331fd49
-def vinyals_names(
+def _vinyals_names(
     root: str | Path | None = None,  # cache folder; default: see `data_home`
 ) -> dict[str, list[str]]:  # 'train' | 'val' | 'test' → 'Alphabet/character01', …
     "The characters of the few-shot split of Vinyals et al. 2016, without their rotations"
@@ -445,11 +450,11 @@ def load_omniglot_vinyals(
     dtype: torch.dtype = torch.float32,  # torch.uint8 keeps bytes
     root: str | Path | None = None,  # cache folder; default: see `data_home`
 ) -> dict[str, Tensor]:  # 'train' | 'val' | 'test' → (characters, 20, size, size)
-    "Omniglot in the few-shot split: 1,028 / 172 / 423 characters; `episodes(…, rotate=True)` makes four classes of each"
+    "Omniglot in the few-shot split: 1,028, 172 and 423 characters; `episodes` with `rotate` has four classes of each"
     sets = load_omniglot(size, torch.uint8, root)
     images = torch.cat([s.images for s in sets])
     row = {n: i for i, n in enumerate(n for s in sets for n in s.names)}
-    return {part: _scaled(images[[row[n] for n in names]], 255, dtype) for part, names in vinyals_names(root).items()}
+    return {part: _scaled(images[[row[n] for n in names]], 255, dtype) for part, names in _vinyals_names(root).items()}
 
 # %% ../nbs/00a_data.ipynb #4ece62f1
 class Episodes(NamedTuple):
@@ -485,15 +490,24 @@ def episodes(
     if not 1 <= ways <= n * turns: raise ValueError(f"ways must be between 1 and the {n * turns} classes, got {ways}")
     if min(shots, queries) < 0 or not 1 <= shots + queries <= m:
         raise ValueError(f"shots + queries must be between 1 and the {m} drawings of a class, got {shots} + {queries}")
-    draw = lambda *s: torch.rand(*s, generator=generator, device=generator.device if generator else images.device).to(
-        images.device
-    )
-    classes = draw(batch, n * turns).topk(ways).indices  # (b, ways)
-    drawers = draw(batch, ways, m).topk(shots + queries).indices  # (b, ways, shots + queries)
+
+    def distinct(count: int, *shape: int) -> Tensor:
+        "Different numbers below shape[-1]: the places of the largest of as many random draws"
+        device = generator.device if generator else images.device
+        return torch.rand(*shape, generator=generator, device=device).to(images.device).topk(count).indices
+
+    classes = distinct(ways, batch, n * turns)  # (b, ways)
+    drawers = distinct(shots + queries, batch, ways, m)  # (b, ways, shots + queries)
     x = images[(classes % n)[..., None], drawers]  # (b, ways, shots + queries, …)
     if rotate: x = _turned(x, (classes // n)[..., None].expand_as(drawers))
     y = torch.arange(ways, device=x.device)[None, :, None].expand_as(drawers)
-    return Episodes(*(t.flatten(1, 2) for half in zip(*(t.split([shots, queries], 2) for t in (x, y))) for t in half))
+    flat = lambda t: t.flatten(1, 2)  # class by class
+    return Episodes(
+        support_x=flat(x[:, :, :shots]),
+        support_y=flat(y[:, :, :shots]),
+        query_x=flat(x[:, :, shots:]),
+        query_y=flat(y[:, :, shots:]),
+    )
 
 # %% ../nbs/00a_data.ipynb #c53f309a
 class OneShotRuns(NamedTuple):
@@ -509,6 +523,7 @@ def load_one_shot_runs(
     root: str | Path | None = None,  # cache folder; default: see `data_home`
 ) -> OneShotRuns:
     "The published one-shot test of Omniglot"
+    _check_pictures(dtype, size)
     files = members(fetch("omniglot", "all_runs.zip", root))
     pictures = {kind: [files[f] for f in sorted(files) if f"/{kind}/" in f] for kind in ("training", "test")}
     train, test = (_scaled(_shrink(_ink(p), size).view(20, 20, size, size), 255, dtype) for p in pictures.values())
@@ -516,356 +531,107 @@ def load_one_shot_runs(
     return OneShotRuns(train, test, torch.tensor([int(line[-6:-4]) - 1 for line in key]).view(20, 20))
 
 # %% ../nbs/00a_data.ipynb #9e198e31
-_BABI = ("https://s3.amazonaws.com/text-datasets/babi_tasks_1-20_v1-2.tar.gz",
-         _GITHUB + "/booydar/babilong/7a6efee29f5cac03c3c410e6799c80fd2ffe3610/data/tasks_1-20_v1-2.zip")
+_BABI = (
+    "https://s3.amazonaws.com/text-datasets/babi_tasks_1-20_v1-2.tar.gz",
+    _GITHUB + "/booydar/babilong/7a6efee29f5cac03c3c410e6799c80fd2ffe3610/data/tasks_1-20_v1-2.zip",
+)
+_BABI_FILE = "babi/tasks_1-20_v1-2.tar.gz"
+_BABI_ZIP = "babi/tasks_1-20_v1-2.zip"
 DATASETS["babi"] = DataSet(
-    "20 tasks of stories with questions, 1,000 or 10,000 to train",
-    "CC BY 3.0",
-    "Weston et al. 2015",
-    11.7,
+    "20 tasks of stories with questions, 1,000 or 10,000 to train", "CC BY 3.0", "Weston et al. 2015", 11.7,
     {
-        "en": Source(
-            "babi/tasks_1-20_v1-2.tar.gz", _BABI, (), ("babi/tasks_1-20_v1-2.zip", "babi/tasks_1-20_v1-2_en.tar.gz")
-        ),
-        "en-10k": Source(
-            "babi/tasks_1-20_v1-2.tar.gz",
-            _BABI,
-            (),
-            ("babi/tasks_1-20_v1-2.zip", "babi/tasks_1-20_v1-2_en-10k_without-qa3-train.tar.gz"),
-        ),
+        "en": Source(_BABI_FILE, _BABI, (), (_BABI_ZIP, "babi/tasks_1-20_v1-2_en.tar.gz")),
+        "en-10k": Source(_BABI_FILE, _BABI, (), (_BABI_ZIP, "babi/tasks_1-20_v1-2_en-10k_without-qa3-train.tar.gz")),
     },
 )
-
-# %% ../nbs/00a_data.ipynb #43db6483
-_QA3 = "qa3_three-supporting-facts_train.txt"
-_BABI_DIGEST = {"en": "f9f11b192e256607726464a74de1c88d8f08b6108c3e9d54e248bdc4b68078bd",
-                "en-10k": "286d30dea5f5e571ff00d736788bfbe45d784fa8c111196227b62a8542ca5014"}  # without _QA3
-_QA3_GIT = "9b2b35ca4357ea8ee44692c71ec71892edf51399"
-
-# %% ../nbs/00a_data.ipynb #39275d9a
-def _babi_files(size: str, root) -> dict[str, bytes]:  # file name → text
-    "The checked task files of 'en' or 'en-10k'"
-    if size not in _BABI_DIGEST:
-        raise ValueError(f"size must be 'en' (1,000 questions a task) or 'en-10k', got {size!r}")
-    where = _find(DATASETS["babi"].files[size], root) or "the bAbI archive"
-    inside = {PurePosixPath(n): d for n, d in members(fetch("babi", size, root), where).items()}
-    files = {n.name: d for n, d in sorted(inside.items()) if n.parent.name == size and n.name.startswith("qa")}
-    known = {n: d for n, d in files.items() if size == "en" or n != _QA3}
-    found = hashlib.sha256(b"".join(hashlib.sha256(d).digest() for d in known.values())).hexdigest()
-    if found != _BABI_DIGEST[size] or len(files) > len(known) and _digest("git", files[_QA3]) != _QA3_GIT:
-        raise DataError(
-            f"{where} does not hold the known files of bAbI {size}: expected joint sha256:{_BABI_DIGEST[size]}, "
-            f"found {found} over {len(known)} files. Delete it and run again; it comes from {_BABI[0]}"
-        )
-    return files
-
-# %% ../nbs/00a_data.ipynb #f7e0f42e
-class Question(NamedTuple):
-    "A bAbI question with the story told so far"
-    task: int  # 1 … 20
-    story: tuple[str, ...]  # sentences, oldest first
-    question: str
-    answer: str  # one word; lists as 'milk,football'
-    support: tuple[int, ...]  # positions in the story of the sentences that matter
-
-# %% ../nbs/00a_data.ipynb #38f9286f
-def _questions(text: str, task: int) -> list[Question]:
-    "Parse one file; a line number 1 begins a new story"
-    out = []
-    story = []
-    row = {}
-    for line in text.splitlines():
-        number, rest = line.split(" ", 1)
-        if number == "1":
-            story = []
-            row = {}
-        if "\t" in rest:
-            question, answer, support = rest.split("\t")
-            out.append(Question(task, tuple(story), question.strip(), answer, tuple(row[i] for i in support.split())))
-        else:
-            row[number] = len(story)
-            story.append(rest)
-    return out
-
-# %% ../nbs/00a_data.ipynb #d005bf95
-class Babi(NamedTuple):
-    "The questions of one or more tasks, as published: training and test"
-    train: list[Question]
-    test: list[Question]
-
-# %% ../nbs/00a_data.ipynb #733ebc45
-def load_babi(
-    tasks: int | list[int] | range = range(1, 21),  # one task or several, 1 … 20
-    size: str = "en",  # 'en': 1,000 training questions a task; 'en-10k': 10,000
-    root: str | Path | None = None,  # cache folder; default: see `data_home`
-) -> Babi:
-    "Questions of the bAbI tasks (Weston et al. 2015), in the order of the files"
-    files = _babi_files(size, root)
-    both = {"train": [], "test": []}
-    for task in [tasks] if isinstance(tasks, int) else tasks:
-        for part, out in both.items():
-            name = next((n for n in files if n.startswith(f"qa{task}_") and n.endswith(f"_{part}.txt")), None)
-            if name is None and task in range(1, 21):
-                raise DataError(
-                    f"{_find(DATASETS['babi'].files[size], root)} lacks {size}/{_QA3}, which not every copy has. "
-                    f"Put the whole archive in its place (from {_BABI[0]}), or leave out task 3"
-                )
-            if name is None: raise ValueError(f"bAbI has tasks 1 to 20, got {task}")
-            out += _questions(files[name].decode(), task)
-    return Babi(**both)
-
-# %% ../nbs/00a_data.ipynb #7cf781ce
-def pad(
-    rows: list,  # lists of integers, of any lengths
-    left: int = 0,  # the filler
-) -> Tensor:  # (rows, longest)
-    "Ragged integer lists as one tensor, filled at the end"
-    length = torch.tensor([len(r) for r in rows])
-    out = torch.full((len(rows), int(length.max()) if len(rows) else 0), left)
-    out[torch.arange(out.shape[1]) < length[:, None]] = torch.tensor([i for r in rows for i in r], dtype=out.dtype)
-    return out
-
-# %% ../nbs/00a_data.ipynb #7755fbc0
-def _words(s: str) -> list[str]: return s.lower().replace(".", "").replace("?", "").split()
-
-def babi_vocab(*parts: list[Question]) -> list[str]:
-    "All words of stories, questions and answers, sorted; number 0 is the empty word that pads"
-    text = {s for part in parts for q in part for s in (*q.story, q.question)}
-    return ["", *sorted({w for s in text for w in _words(s)} | {q.answer for part in parts for q in part})]
-
-# %% ../nbs/00a_data.ipynb #34f0dc09
-class EncodedBabi(NamedTuple):
-    "Questions as integers; 0 pads words, sentences of padding are all 0"
-    story: Tensor  # (b, sentences, words), oldest first
-    question: Tensor  # (b, words)
-    answer: Tensor  # (b,) one word
-    support: Tensor  # (b, sentences) True where a sentence supports the answer
-    task: Tensor  # (b,)
-
-def _support(questions: list[Question], kept: list[tuple], shape: torch.Size) -> Tensor:  # (b, sentences)
-    "True where one of the kept, latest sentences supports the answer"
-    at = [(i, s - len(q.story) + len(k)) for i, (q, k) in enumerate(zip(questions, kept)) for s in q.support]
-    row, column = torch.tensor([a for a in at if a[1] >= 0], dtype=torch.long).view(-1, 2).T
-    return torch.zeros(shape, dtype=torch.bool).index_put_((row, column), torch.tensor(True))
-
-# %% ../nbs/00a_data.ipynb #735536b7
-def encode_babi(
-    questions: list[Question],
-    vocab: list[str],  # of `babi_vocab`, over training and test
-    sentences: int = 0,  # keep this many latest sentences of each story; 0: all
-) -> EncodedBabi:
-    "Stories, questions and answers as padded tensors of word numbers"
-    number = {w: i for i, w in enumerate(vocab)}
-    kept = [q.story[-sentences:] for q in questions]
-    texts = ["", *(s for story in kept for s in story), *(q.question for q in questions)]
-    # each different sentence once; "" is row 0
-    row = {s: i for i, s in enumerate(dict.fromkeys(texts))}
-    try:
-        table = pad([[number[w] for w in _words(s)] for s in row])  # (different sentences, words)
-        answer = torch.tensor([number[q.answer] for q in questions])
-    except KeyError as e:
-        raise ValueError(f"the word {e} is not in vocab; make it from all parts: babi_vocab(train, test)") from None
-    story = pad([[row[s] for s in k] for k in kept])
-    return EncodedBabi(table[story], table[[row[q.question] for q in questions]], answer,
-                       _support(questions, kept, story.shape), torch.tensor([q.task for q in questions]))
 
 # %% ../nbs/00a_data.ipynb #bf47e968
 _PYKEEN = _GITHUB + "/pykeen/pykeen/05c7bbb20c952f3e5e958e694344ace4005b1bbb/src/pykeen/datasets/"
+_CONVE = "https://github.com/TimDettmers/ConvE/raw/f3c0eb286025410fa5b4c04696c918264163d0ca/"
 _LABELS = _GITHUB + "/villmow/datasets_knowledge_embedding/9e392453d6804d1f51c13e5650ae58ed48b638d5/FB15k-237/"
 DATASETS["nations"] = DataSet(
-    "graph of 14 nations, 55 relations, 1,992 triples",
-    "MIT (within PyKEEN)",
-    "Kemp et al. 2006",
-    0.05,
-    _files(
-        "nations",
-        [_PYKEEN + "nations/{file}"],
-        {
-            "train.txt": "sha256:0830fa9da8e5bba2ccdaa45b7bdc9130451ba66b09ff2708f35fccaf82473e57",
-            "valid.txt": "sha256:2b337a62e51a2f45c283eac98a70d21b7e0e102136be1539b2a52c652a7b0530",
-            "test.txt": "sha256:3971085165b47b6aeaec68058c6d8d98b3005e929db81268410b95ae4db770ab",
-        },
-    ),
+    "graph of 14 nations, 55 relations, 1,992 triples", "MIT (within PyKEEN)", "Kemp et al. 2006", 0.05,
+    _files("nations", [_PYKEEN + "nations/{file}"], {
+        "train.txt": "sha256:0830fa9da8e5bba2ccdaa45b7bdc9130451ba66b09ff2708f35fccaf82473e57",
+        "valid.txt": "sha256:2b337a62e51a2f45c283eac98a70d21b7e0e102136be1539b2a52c652a7b0530",
+        "test.txt": "sha256:3971085165b47b6aeaec68058c6d8d98b3005e929db81268410b95ae4db770ab",
+    }),
 )
-
-# %% ../nbs/00a_data.ipynb #7852a420
-DATASETS["kinships"] = DataSet("graph of 104 Alyawarra people, 25 kinship terms, 10,686 triples", "MIT (within PyKEEN)",
-                               "Denham 1973; Kemp et al. 2006", .26, _files("kinships", [_PYKEEN + "kinships/{file}"], {
+DATASETS["kinships"] = DataSet(
+    "graph of 104 Alyawarra people, 25 kinship terms, 10,686 triples", "MIT (within PyKEEN)",
+    "Denham 1973; Kemp et al. 2006", 0.26,
+    _files("kinships", [_PYKEEN + "kinships/{file}"], {
         "train.txt": "sha256:738612111a6acf0e39662bde24c7e72a4d1edf20931beea077da367dda689731",
         "valid.txt": "sha256:c56f8630a583178b1e569f11a64aa535ae1ce0b0912d8b1e24716be2b37f04da",
-        "test.txt": "sha256:05e5733265761d55be9c05bfaff5a8d0808df46f9c1e9d66cc3f2fe114e43d88"}))
-
-# %% ../nbs/00a_data.ipynb #2fad4f4f
-DATASETS["fb15k-237"] = DataSet(
-    "graph of 14,541 Freebase entities, 237 relations, 310,116 triples, with labels",
-    "CC BY 2.5; labels CC0",
-    "Toutanova and Chen 2015",
-    7.6,
-    {
-        **_files(
-            "fb15k-237",
-            ["https://github.com/TimDettmers/ConvE/raw/f3c0eb286025410fa5b4c04696c918264163d0ca/{file}"],
-            {"FB15k-237.tar.gz": "sha256:311df7930f842a02979eaa7a802484a6afe62303c07f915f1e6edbc30cbe05e8"},
-        ),
-        **_files(
-            "fb15k-237",
-            [_LABELS + "{file}"],
-            {"entity2wikidata.json": "sha256:80e74bb002fb9ca0ecd3d63879a3a51121db855d312a101917a1ffb6aed2fea9"},
-        ),
-    },
+        "test.txt": "sha256:05e5733265761d55be9c05bfaff5a8d0808df46f9c1e9d66cc3f2fe114e43d88",
+    }),
 )
-
-# %% ../nbs/00a_data.ipynb #f6fc3e2b
-class Graph(NamedTuple):
-    "A knowledge graph; a triple is (head, relation, tail)"
-    train: Tensor  # (triples, 3) long
-    valid: Tensor
-    test: Tensor
-    entities: list[str]  # name of each entity number
-    relations: list[str]  # name of each relation number
-    labels: list[str]  # readable names of the entities
-
-def _numbered(parts: list[list[str]]) -> tuple[list[Tensor], list[str]]:
-    "Strings as numbers in sorted order, over all parts"
-    names = sorted(set().union(*parts))
-    number = {s: i for i, s in enumerate(names)}
-    return [torch.tensor([number[s] for s in p]) for p in parts], names
-
-# %% ../nbs/00a_data.ipynb #d5909c77
-def load_graph(
-    name: str = "nations",  # 'nations', 'kinships' or 'fb15k-237'
-    root: str | Path | None = None,  # cache folder; default: see `data_home`
-) -> Graph:
-    "A knowledge graph in its published split"
-    if name not in ("nations", "kinships", "fb15k-237"):
-        raise ValueError(f"name must be 'nations', 'kinships' or 'fb15k-237', got {name!r}")
-    parts = ["train.txt", "valid.txt", "test.txt"]
-    big = members(fetch(name, "FB15k-237.tar.gz", root)) if name == "fb15k-237" else None
-    words = [(big[p] if big else fetch(name, p, root)).decode().split() for p in parts]
-    ends, entities = _numbered([w[i::3] for w in words for i in (0, 2)])
-    links, relations = _numbered([w[1::3] for w in words])
-    triples = [torch.stack([h, r, t], 1) for h, r, t in zip(ends[::2], links, ends[1::2])]
-    known = json.loads(fetch(name, "entity2wikidata.json", root)) if big else {}
-    return Graph(*triples, entities, relations, [known.get(e, {}).get("label", e) for e in entities])
+DATASETS["fb15k-237"] = DataSet(
+    "graph of 14,541 Freebase entities, 237 relations, 310,116 triples, with labels", "CC BY 2.5; labels CC0",
+    "Toutanova and Chen 2015", 7.6,
+    _files("fb15k-237", [_CONVE + "{file}"], {
+        "FB15k-237.tar.gz": "sha256:311df7930f842a02979eaa7a802484a6afe62303c07f915f1e6edbc30cbe05e8",
+    })
+    | _files("fb15k-237", [_LABELS + "{file}"], {
+        "entity2wikidata.json": "sha256:80e74bb002fb9ca0ecd3d63879a3a51121db855d312a101917a1ffb6aed2fea9",
+    }),
+)
 
 # %% ../nbs/00a_data.ipynb #0af3c7ff
+_EXAMPLES = _GITHUB + "/pytorch/examples/77f55b912142e11fcfdf5b530231fb9c52f181e8/word_language_model/data/wikitext-2/"
+_KARPATHY = _GITHUB + "/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/"
 DATASETS["wikitext-2"] = DataSet(
-    "2.5 million words of Wikipedia, vocabulary 33,278",
-    "CC BY-SA 3.0",
-    "Merity et al. 2016",
-    13.2,
-    _files(
-        "wikitext-2",
-        [
-            _GITHUB
-            + "/pytorch/examples/77f55b912142e11fcfdf5b530231fb9c52f181e8/word_language_model/data/wikitext-2/{file}"
-        ],
-        {
-            "train.txt": "sha256:9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f",
-            "valid.txt": "sha256:f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
-            "test.txt": "sha256:d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
-        },
-    ),
+    "2.5 million words of Wikipedia, vocabulary 33,278", "CC BY-SA 3.0", "Merity et al. 2016", 13.2,
+    _files("wikitext-2", [_EXAMPLES + "{file}"], {
+        "train.txt": "sha256:9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f",
+        "valid.txt": "sha256:f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
+        "test.txt": "sha256:d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
+    }),
 )
 DATASETS["tinyshakespeare"] = DataSet(
-    "1,115,394 characters of Shakespeare, 65 symbols",
-    "public domain",
-    "Karpathy 2015",
-    1.1,
-    _files(
-        "tinyshakespeare",
-        [_GITHUB + "/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/{file}"],
-        {"input.txt": "sha256:86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"},
-    ),
+    "1,115,394 characters of Shakespeare, 65 symbols", "public domain", "Karpathy 2015", 1.1,
+    _files("tinyshakespeare", [_KARPATHY + "{file}"], {
+        "input.txt": "sha256:86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    }),
 )
-
-# %% ../nbs/00a_data.ipynb #18ade8ae
-class Text(NamedTuple):
-    "A text as one row of token numbers"
-    train: Tensor  # (t,) long
-    valid: Tensor  # (t,)
-    test: Tensor | None  # (t,), or None where the source has no test part
-    vocab: list[str]  # the token of each number
-
-# %% ../nbs/00a_data.ipynb #da258c77
-def load_wikitext2(
-    root: str | Path | None = None,  # cache folder; default: see `data_home`
-) -> Text:
-    "WikiText-2 by words, with <eos> at the end of each line (Merity et al. 2016)"
-    words = [
-        fetch("wikitext-2", f"{p}.txt", root).decode().replace("\n", " <eos> ").split()
-        for p in ("train", "valid", "test")
-    ]
-    parts, vocab = _numbered(words)
-    return Text(*parts, vocab)
-
-# %% ../nbs/00a_data.ipynb #9f5c57ba
-def load_shakespeare(
-    root: str | Path | None = None,  # cache folder; default: see `data_home`
-) -> Text:
-    "Tiny Shakespeare by characters; the last tenth is for validation, as in nanoGPT"
-    raw = np.frombuffer(fetch("tinyshakespeare", "input.txt", root), np.uint8)
-    symbols, numbers = np.unique(raw, return_inverse=True)
-    cut = int(.9 * len(raw))
-    return Text(torch.from_numpy(numbers[:cut]), torch.from_numpy(numbers[cut:]), None, list(map(chr, symbols)))
 
 # %% ../nbs/00a_data.ipynb #42231ed7
 _STATS = _GITHUB + "/statsmodels/statsmodels/82c59e378bdfb5ae324006c477954879ad3e24be/statsmodels/datasets/"
 DATASETS["timeseries"] = DataSet(
-    "sunspots, CO₂, El Niño, Nile: four measured series",
-    "public domain",
-    "statsmodels; Keeling and Whorf 2004; Cobb 1978",
-    0.04,
-    _files(
-        "timeseries",
-        [_STATS + "{stem}/{file}"],
-        {
-            "sunspots.csv": "sha256:f67889b1d9002cd5227f0e0ef54e35b419cdd85a31279adef6f73fb41e5c0a9b",
-            "co2.csv": "sha256:16695fa2786e53414e5a6b54767a3fdf5de99cfbc68617f69d1362d92776a92f",
-            "elnino.csv": "sha256:b647be00e0fd264be9764e317e6b963f35030014ecca2b21b204521716e463ad",
-            "nile.csv": "sha256:88e97bea7249e5832a85e41aec6ce4b8f7b1b14aae930c8363da7f193286b598",
-        },
-    ),
+    "sunspots, CO₂, El Niño, Nile: four measured series", "public domain",
+    "statsmodels; Keeling and Whorf 2004; Cobb 1978", 0.04,
+    _files("timeseries", [_STATS + "{stem}/{file}"], {
+        "sunspots.csv": "sha256:f67889b1d9002cd5227f0e0ef54e35b419cdd85a31279adef6f73fb41e5c0a9b",
+        "co2.csv": "sha256:16695fa2786e53414e5a6b54767a3fdf5de99cfbc68617f69d1362d92776a92f",
+        "elnino.csv": "sha256:b647be00e0fd264be9764e317e6b963f35030014ecca2b21b204521716e463ad",
+        "nile.csv": "sha256:88e97bea7249e5832a85e41aec6ce4b8f7b1b14aae930c8363da7f193286b598",
+    }),
 )
 
-# %% ../nbs/00a_data.ipynb #be6eca4f
-class Series(NamedTuple):
-    "A measured series"
-    time: Tensor  # (t,) float64, years
-    value: Tensor  # (t,) float32, NaN where nothing was measured
-    unit: str
+# %% ../nbs/00a_data.ipynb #54f1ad5b
+DATASETS["manual"] = DataSet(
+    "the language reference of Python, half a million characters", "PSF", "the Python documentation", 0, {}
+)
 
-_UNITS = {
-    "sunspots": "sunspots (yearly mean)",
-    "co2": "CO₂ (ppm)",
-    "elnino": "sea surface (°C)",
-    "nile": "flow (10⁸ m³ a year)",
-}
-
-# %% ../nbs/00a_data.ipynb #b7fbbc4f
-def load_series(
-    name: str = "sunspots",  # 'sunspots', 'co2', 'elnino' or 'nile'
+def load_text(
+    name: str = "manual",  # 'manual', which comes with Python, 'tinyshakespeare' or 'wikitext-2'
     root: str | Path | None = None,  # cache folder; default: see `data_home`
-) -> Series:
-    "A real time series with its times in years"
-    if name not in _UNITS: raise ValueError(f"name must be one of {', '.join(map(repr, _UNITS))}, got {name!r}")
-    table = np.genfromtxt(io.BytesIO(fetch("timeseries", f"{name}.csv", root)), delimiter=",", skip_header=1)
-    time = table[:, 0]
-    value = table[:, 1]
-    if name == "elnino":
-        time = (time[:, None] + np.arange(12) / 12).ravel()
-        value = table[:, 1:].ravel()  # a row is a year of months
-    # dates as 19580329
-    if name == "co2":
-        day = np.array([f"{d[:4]}-{d[4:6]}-{d[6:]}" for d in time.astype(int).astype(str)], "datetime64[D]")
-        year = day.astype("datetime64[Y]")
-        time = (
-            1970 + year.astype(int) + (day - year).astype(int) / ((year + 1).astype("datetime64[D]") - year).astype(int)
-        )
-    return Series(torch.from_numpy(time), torch.from_numpy(value).float(), _UNITS[name])
+) -> tuple[str, str]:  # to train on, to validate on
+    "A text as it is written; where the source has no validation part, that is its last tenth"
+    if name == "wikitext-2":
+        return fetch(name, "train.txt", root).decode(), fetch(name, "valid.txt", root).decode()
+    if name == "tinyshakespeare":
+        text = fetch(name, "input.txt", root).decode()
+    elif name == "manual":
+        from pydoc_data.topics import topics
+        text = "\n\n".join(topics[title].strip() for title in sorted(topics))
+    else:
+        raise ValueError(f"name must be 'manual', 'tinyshakespeare' or 'wikitext-2', got {name!r}")
+    cut = int(.9 * len(text))
+    return text[:cut], text[cut:]
 
 # %% ../nbs/00a_data.ipynb #9019d48c
-class Listed(NamedTuple):
+class _Listed(NamedTuple):
     "One line of `datasets`"
     name: str
     here: bool  # every file is in the local copy or the cache
@@ -876,13 +642,15 @@ class Listed(NamedTuple):
     source: str  # where the first file comes from
 
 # %% ../nbs/00a_data.ipynb #2fb8e0f1
+_BROUGHT_BY = {"digits": "scikit-learn", "manual": "Python"}  # never fetched
+
 def datasets(
     root: str | Path | None = None,  # cache folder; default: see `data_home`
-) -> list[Listed]:
+) -> list[_Listed]:
     "All data sets this library can load"
-    url = lambda d: next((s.urls[0] for s in d.files.values()), "scikit-learn")
+    url = lambda n, d: next((s.urls[0] for s in d.files.values()), _BROUGHT_BY.get(n, ""))
     return [
-        Listed(n, available(n, root, quiet=True), d.megabytes, d.what, d.licence, d.cite, url(d))
+        _Listed(n, available(n, root, quiet=True), d.megabytes, d.what, d.licence, d.cite, url(n, d))
         for n, d in DATASETS.items()
     ]
 

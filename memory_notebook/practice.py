@@ -42,9 +42,8 @@ class Practice:
 
     def __iter__(self) -> Iterator[tuple[Tensor, TaskBatch]]:
         for _ in range(self.batches):
-            batch = self.task.sample(
-                self.batch_size, self.curriculum and self.curriculum.size, self.generator, **self.options
-            )
+            size = None if self.curriculum is None else self.curriculum.size
+            batch = self.task.sample(self.batch_size, size, self.generator, **self.options)
             yield batch.x, batch
 
 # %% ../nbs/00h_practice.ipynb #2ad071aa
@@ -56,7 +55,7 @@ def answer_step(model: nn.Module, batch: tuple[Tensor, TaskBatch], loss_fn: Any)
 
 # %% ../nbs/00h_practice.ipynb #775a787f
 class Recipe(Callback):
-    "Clip each component of the gradient, record bits per sequence, lower the learning rate once the task is nearly solved."
+    "Clip each component of the gradient, record bits per sequence, lower the learning rate near the end."
     def __init__(self,
         clip: float = 10.0,  # largest component of a gradient
         decay: float = 0.1,  # factor on the learning rate, once
@@ -90,7 +89,7 @@ class Recipe(Callback):
             for group in loop.optimizer.param_groups: group["lr"] *= self.decay
 
     def state_dict(self) -> dict:
-        curriculum = self.curriculum and self.curriculum.state_dict()
+        curriculum = None if self.curriculum is None else self.curriculum.state_dict()
         return {"bits": self.bits, "sequences": self.sequences, "decayed": self.decayed, "curriculum": curriculum}
 
     def load_state_dict(self, state: dict) -> None:
@@ -152,9 +151,8 @@ def examine(
     scores = {}
     model.eval()
     for size in task.test if sizes is None else sizes:
-        batch = task.sample(sequences, size, torch.Generator().manual_seed(seed + size), **(task.fixed | options)).to(
-            device
-        )
+        generator = torch.Generator().manual_seed(seed + size)
+        batch = task.sample(sequences, size, generator, **(task.fixed | options)).to(device)
         logits = model(batch.x)[0]
         scores[size] = {
             "bits": bits_per_sequence(logits, batch).mean().item(),
@@ -166,9 +164,9 @@ def examine(
 # %% ../nbs/00h_practice.ipynb #699e4dbb
 class LSTM(nn.Module):
     "A plain LSTM with a linear output, in the form of the machines with memory."
-    def __init__(self, input_size: int, hidden_size: int = 256, output_size: int | None = None, layers: int = 1):
+    def __init__(self, input_size: int, hidden_size: int = 256, output_size: int | None = None, num_layers: int = 1):
         super().__init__()
-        self.lstm = nn.LSTM(input_size, hidden_size, layers, batch_first=True)
+        self.lstm = nn.LSTM(input_size, hidden_size, num_layers, batch_first=True)
         self.output = nn.Linear(hidden_size, output_size or input_size)
 
     def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:

@@ -234,19 +234,16 @@ def copy_stream(
     t = torch.arange(T, device=n.device).expand(batch_size, T).contiguous()
     inside = t < ends[:, -1:]
     i = torch.searchsorted(ends, t, right=True).clamp_max(E - 1)  # which string
-    at = t - F.pad(ends, (1, 0)).gather(1, i)
-    size = n.gather(1, i)  # step within the episode, and length of its string
+    at = t - F.pad(ends, (1, 0)).gather(1, i)  # step within the episode
+    size = n.gather(1, i)  # length of its string
+    hear = inside & (at < size)
+    flag = inside & (at == size)
+    say = inside & (at > size)
+    row = torch.where(at < size, at, at - size - 1).clamp(0, most - 1)  # of its string, heard or said
     bits = _bits(batch_size, E * most, width, generator=generator)
-    rows = torch.take_along_dim(
-        bits, (i * most + torch.where(at < size, at, at - size - 1).clamp(0, most - 1)).unsqueeze(-1), 1
-    )
-    where = lambda v: (v & inside).unsqueeze(-1)
-    return TaskBatch(
-        torch.cat([rows * where(at < size), where(at == size)], -1),
-        rows * where(at > size),
-        inside & (at > size),
-        ends[:, -1],
-    )
+    rows = torch.take_along_dim(bits, (i * most + row).unsqueeze(-1), 1)
+    x = torch.cat([rows * hear.unsqueeze(-1), flag.unsqueeze(-1)], -1)
+    return TaskBatch(x, rows * say.unsqueeze(-1), say, ends[:, -1])
 
 # %% ../nbs/00e_tasks.ipynb #28f3b3d8
 def traversal(
@@ -264,7 +261,8 @@ def traversal(
             f"nodes {nodes}, kinds {kinds}: expected at most {names} nodes, as many as there are names, and at least "
             "one kind"
         )
-    n, h = (_sizes(batch_size, v, ragged, generator, k) for v, k in ((nodes, "nodes"), (hops, "hops")))
+    n = _sizes(batch_size, nodes, ragged, generator, "nodes")
+    h = _sizes(batch_size, hops, ragged, generator, "hops")
     E = int(n.max()) * kinds
     H = int(h.max())
     draw = lambda *shape: torch.rand(batch_size, *shape, generator=generator, device=n.device)
@@ -279,14 +277,9 @@ def traversal(
     for kind in follow.unbind(1): path.append(to[b, path[-1] * kinds + kind])
     path = name.gather(1, torch.stack(path, 1))
     hot = lambda v, size: F.one_hot(v, size).float()
-    edges = torch.cat(
-        [
-            hot(name.gather(1, order // kinds), names),
-            hot(order % kinds, kinds),
-            hot(name.gather(1, to.gather(1, order)), names),
-        ],
-        -1,
-    )
+    leaves = hot(name.gather(1, order // kinds), names)
+    reaches = hot(name.gather(1, to.gather(1, order)), names)
+    edges = torch.cat([leaves, hot(order % kinds, kinds), reaches], -1)
     asked = F.pad(hot(follow, kinds), (names, names))
     asked[:, 0, :names] = hot(path[:, 0], names)
     T = int((n * kinds + h).max())
@@ -342,9 +335,8 @@ class Task(NamedTuple):
         **options: Any,  # further arguments of the task
     ) -> TaskBatch:
         "A batch of the training sizes, or of another size."
-        return self.make(
-            batch_size, **{self.size: self.train if size is None else size}, generator=generator, **options
-        )
+        if size is None: size = self.train
+        return self.make(batch_size, **{self.size: size}, generator=generator, **options)
 
 # %% ../nbs/00e_tasks.ipynb #649abb32
 TASKS: dict[str, Task] = {
@@ -376,14 +368,12 @@ def show_task(
     n = int(batch.steps[i])
     asked = batch.mask[i, :n].unsqueeze(-1)
     answer = lambda v: v[i, :n].detach().float().where(asked, torch.nan).T.cpu()
-    strips = {"input": batch.x[i, :n].T.cpu(), "target": answer(batch.y)} | (
-        {} if output is None else {"output": answer(output)}
-    )
+    strips = {"input": batch.x[i, :n].T.cpu(), "target": answer(batch.y)}
+    if output is not None: strips["output"] = answer(output)
     rows = [v.shape[0] for v in strips.values()]
     fig = Figure(figsize=(width, .6 + .1 * sum(rows) + .15 * len(rows)), dpi=90, layout="constrained")
-    for ax, (name, v) in zip(
-        fig.subplots(len(rows), 1, height_ratios=rows, sharex=True, squeeze=False)[:, 0], strips.items()
-    ):
+    axes = fig.subplots(len(rows), 1, height_ratios=rows, sharex=True)
+    for ax, (name, v) in zip(axes, strips.items()):
         ax.imshow(v, aspect="auto", cmap="PuOr", vmin=-1, vmax=1, interpolation="nearest")
         ax.set(yticks=[], facecolor="#D9D9D9")
         ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
@@ -425,12 +415,8 @@ class Curriculum:
     def update(self, bits: float) -> bool:
         "Report the mean cost of a batch. True if the largest size grew."
         self.recent = [*self.recent, float(bits)][-self.window:]
-        if (
-            self.level == self.high
-            or len(self.recent) < self.window
-            or sum(self.recent) / self.window >= self.threshold
-        ):
-            return False
+        if self.level == self.high or len(self.recent) < self.window: return False
+        if sum(self.recent) / self.window >= self.threshold: return False
         self.level = min(self.high, max(self.level + self.step, int(self.level * self.factor)))
         self.recent = []
         return True

@@ -1,7 +1,8 @@
-"""A bank of facts that is killed with SIGKILL at every kind of moment, shared by two processes, and fed hostile names and files."""
+"""A bank of facts: killed at every kind of moment, shared by two processes, fed hostile names and files, and walked."""
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,6 @@ from memory_notebook.language.bank import MemoryBank, NewFact, check_namespace
 PROGRAM = '''
 import os, signal, sys, time
 import torch
-import memory_notebook.language.bank as mb
 from memory_notebook.language.bank import MemoryBank, NewFact
 
 torch.set_num_threads(1)
@@ -25,7 +25,10 @@ die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 
 def fact(name, i):
     g = torch.Generator().manual_seed(i)
-    return NewFact(f"{name}{i} lives in City{i}.", torch.randn(6, generator=g), torch.randn(2, 6, generator=g), [i, i + 1], [0, 1], f"{name}{i}", f"City{i}", "{} lives in {}.")
+    key = torch.randn(6, generator=g)
+    states = torch.randn(2, 6, generator=g)
+    subject, city = f"{name}{i}", f"City{i}"
+    return NewFact(f"{subject} lives in {city}.", key, states, [i, i + 1], [0, 1], subject, city, "{} lives in {}.")
 
 bank = MemoryBank.open(folder, wait=60)
 if job == "add":
@@ -37,7 +40,9 @@ if job == "add":
 elif job == "half":  # a line of the journal is cut off in its middle
     fsync = os.fsync
     def cut(fd):
-        fsync(fd); size = os.fstat(fd).st_size; os.truncate(fd, size - 40); die()
+        fsync(fd)
+        os.truncate(fd, os.fstat(fd).st_size - 40)
+        die()
     os.fsync = cut
     bank.add(fact("Half", 0))
 elif job == "save":  # die at the n-th file that gets its final name
@@ -150,7 +155,10 @@ def test_a_lock_that_is_not_given_back_ends_in_one_line(tmp_path):
         with pytest.raises(TimeoutError, match="keeps .* locked"): MemoryBank.open(tmp_path, wait=0.1)
 
 
-@pytest.mark.parametrize("name", ["../up", "a/b", "a\\b", "..", "", " ", "x" * 65, "a\nb", "a\0b", "${HOME}", "{0.__class__}", "CON\t", None, 7])
+NAMES = ["../up", "a/b", "a\\b", "..", "", " ", "x" * 65, "a\nb", "a\0b", "${HOME}", "{0.__class__}", "CON\t", None, 7]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_hostile_name_is_refused_and_writes_nothing(name, tmp_path):
     with pytest.raises(ValueError, match="no name of a persona"): check_namespace(name)
     bank = MemoryBank.open(tmp_path)
@@ -159,7 +167,13 @@ def test_a_hostile_name_is_refused_and_writes_nothing(name, tmp_path):
     assert len(bank) == 0 and sorted(p.name for p in tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("text", ["../../etc/passwd", "{0.__class__.__mro__}", "'; DROP TABLE keys; --", "__import__('os').system('x')", "<|endoftext|>", "\x1b[2J\x07", "a\nb\r\n{\"drop\": 0}\n"])
+TEXTS = [
+    "../../etc/passwd", "{0.__class__.__mro__}", "'; DROP TABLE keys; --", "__import__('os').system('x')",
+    "<|endoftext|>", "\x1b[2J\x07", "a\nb\r\n{\"drop\": 0}\n",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
 def test_a_hostile_text_is_only_a_text(text, tmp_path):
     bank = MemoryBank.open(tmp_path)
     new = fact("A", 0)._replace(text=text, subject=text.strip(), object=text.strip())
@@ -205,3 +219,25 @@ def test_what_was_forgotten_is_off_the_disk_after_a_save(tmp_path):
     bank.forget(0)
     bank.save()
     assert not any(b"Secret" in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+
+
+def test_the_walk_of_a_fact_is_the_one_that_the_chapter_tells(tmp_path):
+    from memory_notebook import ContinualLearningGPT2
+    book = json.loads((Path(__file__).parents[1] / "nbs/09b_bank.ipynb").read_text(encoding="utf-8"))
+    told = next("".join(c["source"]) for c in book["cells"] if "## The walk of a fact" in "".join(c["source"]))
+    steps = re.findall(r"`(\w+)`", told)
+    model = ContinualLearningGPT2.from_pretrained().eval()
+    model.bank = MemoryBank.open(tmp_path)
+    calls = []  # of functions of the package, in their order
+
+    def watch(frame, event, arg):
+        if event == "call" and "memory_notebook" in Path(frame.f_code.co_filename).parts:
+            calls.append(frame.f_code.co_name)
+
+    sys.setprofile(watch)
+    try: decision = model.learn_from_example("Mira Talvenor lives in Port Hask.")
+    finally: sys.setprofile(None)
+    assert decision.stored and len(MemoryBank.load(tmp_path)) == 1
+    assert 5 < len(steps) <= 10
+    rest = iter(calls)
+    for step in steps: assert step in rest, f"{step} is not called, or not after the step before it"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from memory_notebook import data
+from memory_notebook import corpora, data
 from memory_notebook.data import DataError, DataSet, Source, fetch
 
 CONTENT = bytes(range(256)) * 2000
@@ -39,6 +39,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.let_go.wait(20)
 
     def log_message(self, *a): pass
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    "The servers below run on this machine: a proxy of the user's, also one that leads nowhere, is not asked."
+    for name in [n for n in os.environ if n.lower().endswith("_proxy")]: monkeypatch.delenv(name)
+    monkeypatch.setenv("no_proxy", "*")
 
 
 @pytest.fixture
@@ -184,25 +191,37 @@ def test_web_page_in_place_of_babi(tmp_path):
     place = tmp_path / "babi" / "tasks_1-20_v1-2.tar.gz"
     place.parent.mkdir()
     place.write_text("<html>moved</html>")
-    with pytest.raises(DataError) as e: data.load_babi(1, root=tmp_path)
+    with pytest.raises(DataError) as e: corpora.load_babi(1, root=tmp_path)
     assert str(place) in one_line(e) and "no whole zip or tar" in str(e.value)
 
 
-HAVE = os.environ.get("MEMORY_NOTEBOOK_DATA")
-needs_data = pytest.mark.skipif(not HAVE, reason="MEMORY_NOTEBOOK_DATA is not set")
+def cut(raw: bytes) -> bytes: return raw[:len(raw) // 2]
 
 
-@needs_data
+def flipped(raw: bytes) -> bytes: return raw[:99] + bytes([raw[99] ^ 1]) + raw[100:]
+
+
+def need(name: str) -> None:
+    if not data.available(name, quiet=True): pytest.skip(data.how_to_fetch(name))
+
+
+@pytest.mark.data
 @pytest.mark.parametrize("name, file, load", [
-    ("mnist", "train-images-idx3-ubyte.gz", data.load_mnist), ("omniglot", "images_background.zip", data.load_omniglot),
-    ("babi", "en", data.load_babi), ("nations", "test.txt", data.load_graph), ("wikitext-2", "valid.txt", data.load_wikitext2),
-    ("tinyshakespeare", "input.txt", data.load_shakespeare), ("timeseries", "sunspots.csv", data.load_series)])
-@pytest.mark.parametrize("damage", [lambda raw: raw[:len(raw) // 2], lambda raw: raw[:99] + bytes([raw[99] ^ 1]) + raw[100:]], ids=["cut", "flipped"])
+    ("mnist", "train-images-idx3-ubyte.gz", data.load_mnist),
+    ("omniglot", "images_background.zip", data.load_omniglot),
+    ("babi", "en", corpora.load_babi),
+    ("nations", "test.txt", corpora.load_graph),
+    ("wikitext-2", "valid.txt", corpora.load_wikitext2),
+    ("tinyshakespeare", "input.txt", corpora.load_shakespeare),
+    ("timeseries", "sunspots.csv", corpora.load_series),
+])
+@pytest.mark.parametrize("damage", [cut, flipped])
 def test_damaged_local_file(name, file, load, damage, tmp_path, monkeypatch):
-    if not data.available(name): pytest.skip(f"{name} is not in MEMORY_NOTEBOOK_DATA")
+    need(name)
     original = data._find(data.DATASETS[name].files[file])
-    shutil.copytree(Path(HAVE) / name, tmp_path / name, copy_function=lambda a, b: os.symlink(a, b))
-    copy = tmp_path / original.relative_to(HAVE)
+    home = data.data_home()
+    shutil.copytree(home / name, tmp_path / name, copy_function=lambda a, b: os.symlink(a, b))
+    copy = tmp_path / original.relative_to(home)
     tmp_path.joinpath(name).chmod(0o755)
     copy.unlink()
     copy.write_bytes(damage(original.read_bytes()))
@@ -212,9 +231,9 @@ def test_damaged_local_file(name, file, load, damage, tmp_path, monkeypatch):
     assert str(copy) in one_line(e) and "expected" in str(e.value) and "Delete it and run again" in str(e.value)
 
 
-@needs_data
+@pytest.mark.data
 def test_omniglot_without_a_writable_cache(tmp_path, monkeypatch):
-    if not data.available("omniglot"): pytest.skip("omniglot is not in MEMORY_NOTEBOOK_DATA")
+    need("omniglot")
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="cannot keep"):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..core import patch, unit
 from .bank import Fact, MemoryBank, normal
-from .subjects import STOP, Lexicon, sentences, words
+from .subjects import STOP, Lexicon, sentences, split_words
 
 # %% ../../nbs/09d_calibration.ipynb #9951716b
 @lru_cache(1 << 14)
@@ -34,7 +34,7 @@ def _content(text: str, subjects: tuple[str, ...]) -> tuple[str, ...]:
         and all(last != s.rpartition(" ")[2] for s in subjects)
     ):
         return _content(rest, subjects) + (last,)
-    ws = [w.text.casefold() for w in words(text) if not text[w.end:].startswith(":")]
+    ws = [w.text.casefold() for w in split_words(text) if not text[w.end:].startswith(":")]
     for s in subjects:
         own = s.split()
         n = len(own)
