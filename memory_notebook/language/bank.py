@@ -230,13 +230,11 @@ def rank(self: FactIndex, f: Fact) -> float:
     time_part = f.last_used / self.half_life if self.half_life else 0.0
     return math.log2(f.importance + 0.01) + 0.5 * math.log2(1 + f.usage) + time_part
 
-
 @patch
 def value(self: FactIndex, id: int, now: float | None = None) -> float:
     "What a fact is worth at a time (seconds since 1970; None: now)."
     now = time.time() if now is None else now
     return 2 ** (self.rank(self[id]) - (now / self.half_life if self.half_life else 0.0))
-
 
 @patch
 def least(self: FactIndex) -> int:
@@ -254,7 +252,6 @@ def least(self: FactIndex) -> int:
         heapreplace(self._heap, (now, i))
     raise KeyError("the bank is empty")
 
-
 @patch
 def touch(self: FactIndex, ids: Iterable[int], now: float | None = None) -> None:
     "Count a use."
@@ -263,7 +260,6 @@ def touch(self: FactIndex, ids: Iterable[int], now: float | None = None) -> None
         f = self[i]
         f.usage += 1
         f.last_used = max(f.last_used, now)
-
 
 @patch
 def weigh(self: FactIndex, id: int, importance: float) -> None:
@@ -356,9 +352,7 @@ def _facts(record: dict, tensors: dict[str, Tensor]) -> list[Fact]:
         said = dict(zip(_COLUMNS, row))
         check_text(said["text"])
         check_namespace(said["namespace"])
-        facts.append(
-            Fact(**said, importance=importance, usage=int(usage), created=created, last_used=last_used)
-        )
+        facts.append(Fact(**said, importance=importance, usage=int(usage), created=created, last_used=last_used))
     check_finite(**{k: v for k, v in tensors.items() if v.is_floating_point()})
     entries = int(tensors["counts"].sum())
     for name, n in (("counts", len(facts)), ("keys", len(facts)), ("marks", entries), ("states", entries)):
@@ -486,7 +480,9 @@ def _commit(self: MemoryBank,
     values: dict[int, float] | None = None,  # new importance of facts
 ) -> None:
     "Change the journal first, then memory."
-    puts, drops, values = list(puts), list(drops), values or {}
+    puts = list(puts)
+    drops = list(drops)
+    values = values or {}
     if self.disk is not None and (puts or drops or values):
         self.disk.append(
             [{"drop": i} for i in drops]
@@ -550,13 +546,15 @@ def _read_snapshot(self: MemoryBank, files: dict) -> FactIndex:
     "An index with what a snapshot holds, and with nothing if there is none yet."
     stores = self._new_stores()
     index = FactIndex(*stores, self.index.half_life, self.version + 1)
-    nowhere = {"version": None, "end": 0}
-    record, tensors = self.disk.read(files) if files else ({"lance": [nowhere, nowhere]}, {})
-    if self.store == "lance" and "lance" in record:
+    if not files:
+        if self.store == "lance":
+            for store in stores: store.restore({"version": None, "end": 0})
+        return index
+    record, tensors = self.disk.read(files)
+    if "lance" in record:
+        if self.store != "lance":
+            raise ValueError(f"{self.disk.folder} keeps its vectors in LanceDB: open it with store='lance'")
         for store, mark in zip(stores, record["lance"]): store.restore(mark)
-    elif files and "lance" in record:
-        raise ValueError(f"{self.disk.folder} keeps its vectors in LanceDB: open it with store='lance'")
-    if not files: return index
     try: index.restore(record, tensors)
     except (KeyError, TypeError, IndexError, RuntimeError) as e:
         raise ValueError(f"{self.disk.pointer}: its files are of another kind ({e})") from e
@@ -598,7 +596,9 @@ def add(self: MemoryBank, *facts: NewFact) -> list[Decision]:  # one for each
     "Store facts, each after those before it; the journal is written once."
     for new in facts: _check(new)
     with self._writing():
-        decisions, puts, drops = [], [], []
+        decisions = []
+        puts = []
+        drops = []
         waiting = set()  # names of the facts that are to be put
         fresh = self.index.next_id
         for new in facts:
@@ -648,7 +648,8 @@ def _decide(self: MemoryBank, new: NewFact, id: int) -> tuple[Decision, Fact | N
     fact = Fact.told(id, new, now)
     rivals = self._same_slot(new)
     if not rivals: return decision("stored", new.why or "new", id), fact, []
-    first, cosine = self[rivals[0][0]], rivals[0][1]
+    nearest, cosine = rivals[0]
+    first = self[nearest]
     if normal(first.object) == normal(new.object):
         if cosine < self.duplicate: return decision("stored", f"other words for fact {first.id}", id), fact, []
         return decision("duplicate", f"fact {first.id} says the same in other words", first.id), None, []
@@ -691,7 +692,6 @@ def retrieve_memories(self: MemoryBank,
     "The best k facts of a persona: those about the subjects, then the nearest."
     return self.index.search(query, k, namespace, subjects, self.importance_weight)
 
-
 @patch
 def forget(self: MemoryBank, id: int, why: str = "asked for") -> Fact:  # what went
     "Take a fact out, with its vectors and its history. `save` takes it off the disk, too."
@@ -700,7 +700,6 @@ def forget(self: MemoryBank, id: int, why: str = "asked for") -> Fact:  # what w
         self._commit(drops=[id])
         self._note("forgotten", [id], why)
     return fact
-
 
 @patch
 def reward(self: MemoryBank, ids: Iterable[int], amount: float) -> None:
@@ -713,7 +712,6 @@ def reward(self: MemoryBank, ids: Iterable[int], amount: float) -> None:
         self._commit(values=values)
         self._note("rewarded", ids, f"by {amount:g}")
 
-
 @patch
 def decay(self: MemoryBank, below: float, now: float | None = None) -> list[int]:  # ids that went
     "Forget the facts whose value has fallen below a bound."
@@ -722,7 +720,6 @@ def decay(self: MemoryBank, below: float, now: float | None = None) -> list[int]
         self._commit(drops=gone)
         self._note("faded", gone, f"worth less than {below:g}")
     return gone
-
 
 @patch
 def consolidate(self: MemoryBank, cosine: float = 0.95) -> list[tuple[int, int]]:  # (kept, gone)
@@ -734,7 +731,6 @@ def consolidate(self: MemoryBank, cosine: float = 0.95) -> list[tuple[int, int]]
         self._commit(drops=gone)
         self._note("merged", gone, f"relations at least {cosine:g} alike")
     return merged
-
 
 @patch
 def _alike(self: MemoryBank, ids: list[int], cosine: float) -> Iterator[tuple[int, int]]:

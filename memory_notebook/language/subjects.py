@@ -230,7 +230,8 @@ def _subject_span(
     elif content:
         a, b = rarest([(i, i + 1) for i in content])
         if lexicon.cost(ws[a].text) < 3:  # no word is rare: the first run of ordinary ones
-            a, b = content[0], content[0] + 1
+            a = content[0]
+            b = a + 1
             while b in content and ws[b].joined: b += 1
     else: return next((_Span(_PERSONS[w.text.lower()], w.start, w.end) for w in ws if w.text.lower() in _PERSONS), None)
     return _Span(text[ws[a].start:ws[b - 1].end], ws[a].start, ws[b - 1].end)
@@ -287,7 +288,8 @@ def parse(
         if _no_news(ws, runs, first, last, who, sure): continue
         verb = first > 0 and ws[first - 1].end <= who.end and ws[first].joined
         a, b = _object_words(ws, runs, first, last, verb)
-        start, end = ws[a].start, ws[b].end
+        start = ws[a].start
+        end = ws[b].end
         if start < who.end: continue
         relation = (text[:who.start] + "{}" + text[who.end:start] + "{}" + text[end:]).strip()
         return Parsed(who.text, text[start:end], relation, start, end, who.end)
