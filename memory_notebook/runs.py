@@ -153,7 +153,7 @@ def chosen(
     if not given: raise ValueError(f"no {what} is named: choose from all, {', '.join(known)}")
     return given
 
-
+# %% ../nbs/00c_runs.ipynb #0fd1b353
 def sweep(
     run: Run,
     names: Iterable[str],  # what is compared: methods, machines, reads
@@ -204,7 +204,7 @@ def _commit() -> str | None:
     changed = git("status", "--porcelain", ".").stdout.strip()
     return head.stdout.strip() + ("+" if changed else "")
 
-
+# %% ../nbs/00c_runs.ipynb #f38665b9
 def _versions() -> dict[str, str]:
     "Versions of Python and of the packages that results depend on."
     import numpy as np
@@ -235,7 +235,7 @@ def _run_folder(root: Path, config: dict, resume: bool) -> Path:
     except OSError as e:
         raise OSError(f"cannot write results into {root}: {e.strerror or e}: choose another folder with --out") from e
 
-
+# %% ../nbs/00c_runs.ipynb #e78e4a22
 def run_experiment(
     name: str | Callable,  # a registered name ("benchmark:replay" for a benchmark), or the function itself
     out: str | Path | None = "runs",  # results go to <out>/<name>/<time>/; None writes nothing
@@ -327,7 +327,7 @@ def metrics_table(
         if heads[0] not in single: parts += _blocks(heads, list(columns), rows, width)
     return "\n\n".join(parts)
 
-
+# %% ../nbs/00c_runs.ipynb #e11a0dd6
 def _blocks(heads: list[str], columns: list[str], rows: dict, width: int) -> list[str]:
     "One table, or several below each other if it is too wide."
     def table(n: int) -> str:

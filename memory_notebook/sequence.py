@@ -119,7 +119,7 @@ def _stack(values: list) -> Any:
     if isinstance(first, tuple): return type(first)(*(_stack(v) for v in zip(*values)))
     return None if first is None else torch.stack(values, 1)
 
-
+# %% ../nbs/00g_sequence.ipynb #97862e91
 class Machine(nn.Module):
     "A machine with a memory over a sequence, called like `nn.LSTM(batch_first=True)`."
     def __init__(self, cell: MachineCell):

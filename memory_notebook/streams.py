@@ -31,7 +31,7 @@ class StreamData(NamedTuple):
     y: Tensor  # (n,) class within the context, or (n, ...) numbers to predict
     rows: tuple[Tensor, ...]  # T tensors: which samples a context shows
 
-
+# %% ../nbs/00f_streams.ipynb #2033a9d4
 @dataclass(frozen=True)
 class Stream:
     "Contexts that come one after another. The three scenarios and the task-free form are views of the same tensors."
@@ -374,7 +374,7 @@ class _Product(torch.autograd.Function):
         of_x, of_w, of_b = ctx.needs_input_grad
         return onednn(g, w.t()) if of_x else None, onednn(g.t(), x.t()) if of_w else None, g.sum(0) if of_b else None
 
-
+# %% ../nbs/00f_streams.ipynb #d887a458
 class Linear(nn.Linear):
     "`nn.Linear` by the faster library."
     fast = _amd()  # set it to False for `torch.func` and second derivatives, which the faster product does not have
@@ -446,7 +446,7 @@ class Method:
         "Go back to a `state_dict`."
         for name, value in state.items(): setattr(self, name, value)
 
-
+# %% ../nbs/00f_streams.ipynb #1fc5613e
 def _bytes_of(state: Any) -> int:
     "Bytes of the tensors in a nested state."
     if isinstance(state, Tensor): return state.nbytes
@@ -459,7 +459,7 @@ def logits_of(model: nn.Module, x: Tensor, context: Tensor) -> Tensor:
     "Logits (b, outputs) of a network, which is told the context if it wants to be."
     return model(x, context) if getattr(model, "takes_context", False) else model(x)
 
-
+# %% ../nbs/00f_streams.ipynb #6946de30
 class Learner:
     "A network that learns a stream, with methods that watch over what it has learned."
     def __init__(self,
@@ -538,7 +538,7 @@ def train_step(self: Learner, x: Tensor, y: Tensor, context: Tensor) -> None:
     for m in self.hooks: m.after_step(self)
     self.hits += self.score(self.logits.detach()[:len(x)], y, context)
 
-
+# %% ../nbs/00f_streams.ipynb #06c52624
 @patch
 def _loss(self: Learner) -> Tensor:
     "Each part's mean loss times its weight, and what the methods add."
@@ -609,7 +609,7 @@ def fit(self: Learner,
     self.results.nbytes = sum(m.nbytes for m in self.hooks)
     return self.results
 
-
+# %% ../nbs/00f_streams.ipynb #7a2dfce1
 @patch
 def start(self: Learner, stages: int) -> None:
     "Before the first of so many contexts."

@@ -345,7 +345,7 @@ def _save(loop: Loop) -> None:
         )
     loop.accelerator.wait_for_everyone()
 
-
+# %% ../nbs/00b_train.ipynb #11fe4940
 def _load(loop: Loop) -> None:
     "Put a training back to where its checkpoint was written."
     state = load_checkpoint(loop.checkpoint)

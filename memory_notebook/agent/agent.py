@@ -75,7 +75,7 @@ def class_stream(
         scenario="domain",
     )
 
-
+# %% ../../nbs/04b_agent.ipynb #ff7049a4
 def rebinding_stream(
     images: tuple[Tensor, Tensor, Tensor, Tensor],  # x_train, y_train, x_test, y_test
     seed: int = 0,
@@ -348,7 +348,7 @@ def _learn_task(self: ContinualAgent, stream: Stream, t: int, epochs: int, batch
             x, y, _ = stream.draw(stream.train, rows[order], t)
             self.train_step(x, y, task=self._told(t), store=epoch == 0)
 
-
+# %% ../../nbs/04b_agent.ipynb #ed564d4f
 @patch
 def learn_stream(self: ContinualAgent,
     stream: Stream,
@@ -419,7 +419,7 @@ class _Setting(NamedTuple):
     batch_size: int = 32
     test_all: bool = True
 
-
+# %% ../../nbs/04b_agent.ipynb #b1e7aea7
 _CLASSES = dict(output_dim=10, kind="classification")
 _SETTINGS = {
     "digits": _Setting(dict(hidden_dim=128, **_CLASSES), epochs=10),
@@ -507,7 +507,7 @@ def _reduction(naive: list[dict], whole: list[dict]) -> dict:
     pairs = [(n["forgetting"], w["forgetting"]) for n, w in zip(naive, whole)]
     return over_seeds([{"forgetting_reduction": 1 - w / n if n > 0 else 0.0} for n, w in pairs])
 
-
+# %% ../../nbs/04b_agent.ipynb #092aff96
 @experiment("agent", help="a stream of tasks, with and without replay, memory and meta-learning")
 def agent(
     run: Run,

@@ -25,7 +25,7 @@ class ControllerInterface(NamedTuple):
     write_strengths: Tensor  # (..., h)
     gates: Tensor  # (..., h) 1 opens a new slot
 
-
+# %% ../../nbs/02_controller.ipynb #a7ab270b
 class _InterfaceMap(nn.Linear):
     "One linear map from the hidden state to all interface vectors."
     def __init__(self, hidden_dim: int, config: EpisodicMemoryConfig, initial_strength: float = 5.0):
@@ -74,7 +74,7 @@ class ControllerState(NamedTuple):
     hidden: tuple[Tensor, Tensor] | None  # of the LSTM
     episodic: EpisodicState | None  # None: the lasting memory
 
-
+# %% ../../nbs/02_controller.ipynb #f4efc59a
 class MemoryController(nn.Module):
     "An LSTM or feed-forward network with an episodic memory. Called like `nn.LSTM`, with the memory beside the input."
     def __init__(self,

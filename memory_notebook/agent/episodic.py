@@ -65,7 +65,7 @@ class EpisodicState(NamedTuple):
     memory: Tensor  # (..., n, w) slots
     usage: Tensor  # (..., n) in [0, 1]; 0 is an empty slot that cannot be read
 
-
+# %% ../../nbs/01_episodic.ipynb #d3f5101d
 class EpisodicMemory(nn.Module):
     """Differentiable episodic memory: content addressing, several heads, allocation and freeing by usage.
 
@@ -162,7 +162,7 @@ def read(self: EpisodicMemory,
     memory, _ = self.state if state is None else state
     return read_slots(memory, self.address(keys, strengths, state)).flatten(-2)
 
-
+# %% ../../nbs/01_episodic.ipynb #01d67a8c
 @patch
 def familiarity(self: EpisodicMemory, keys: Tensor, state: EpisodicState | None = None) -> Tensor:
     "The best cosine of each key with a slot in use, (..., h), without a gradient; -1 while the memory is empty."

@@ -174,7 +174,7 @@ def outer_losses(self: MetaLearner,
     task = lambda a, b, c, d: self.loss(self._adapt(a, b, steps, lr), c, d)
     return vmap(task, randomness="different")(x, y, xq, yq)
 
-
+# %% ../../nbs/04_meta.ipynb #ee378be2
 @patch
 def meta_step(self: MetaLearner,
     optimizer: torch.optim.Optimizer,  # of the slow weights

@@ -186,7 +186,7 @@ class MANNCell(MachineCell):
         out = torch.cat([hidden, reads.flatten(1)], -1)
         return out, MANNState(hidden, cell, memory, usage, weights, reads, heads.keys)
 
-
+# %% ../../nbs/04a_oneshot.ipynb #93a86839
 class MANN(Machine):
     "A memory-augmented network, called like `nn.LSTM(batch_first=True)`. Santoro et al. 2016."
     def __init__(self,

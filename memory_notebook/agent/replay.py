@@ -297,7 +297,7 @@ def _arrays(o: "ClassBalanced | None") -> dict[str, np.ndarray]:
     "The arrays among the attributes of an object; none without one."
     return {k: v for k, v in vars(o).items() if isinstance(v, np.ndarray)} if o else {}
 
-
+# %% ../../nbs/03_replay.ipynb #9a75ffd6
 class ReplayBuffer:
     "Experiences kept by one of four strategies, drawn in batches; slots, draws and keys come from one CPU generator."
     def __init__(self,
@@ -439,7 +439,7 @@ def _check_config(here: dict, there: dict) -> None:
         f"load_state_dict: this buffer has {ours}, the state has {theirs}; make the buffer with the same settings"
     )
 
-
+# %% ../../nbs/03_replay.ipynb #991b3e8b
 @patch
 def load_state_dict(self: ReplayBuffer, state: dict):
     "Continue from a `state_dict`; the buffer must have been made with the same settings."

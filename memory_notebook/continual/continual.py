@@ -96,7 +96,7 @@ class _Criterion(Method):
     def criterion(self, learner: Learner) -> Tensor:
         return self.loss_fn(learner.logits, learner.y).expand(len(learner.y))
 
-
+# %% ../../nbs/04e_continual.ipynb #e660a7de
 class ContinualLearningTrainer:
     "Tasks come one at a time, as loaders; the methods protect the earlier ones."
     def __init__(self,

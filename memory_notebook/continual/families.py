@@ -187,7 +187,7 @@ def _check_pixels(x: Tensor) -> None:
     low, high = x.aminmax()
     if low < 0 or high > 1: raise ValueError(f"expected pixels from 0 to 1, got {low:.3g} to {high:.3g}: scale them")
 
-
+# %% ../../nbs/04d_families.ipynb #e8a2eec6
 class DGR(Method):
     "Deep generative replay: a generator dreams old inputs, the old network names them. Shin et al. 2017."
     boundaries = True

@@ -176,7 +176,7 @@ def put(self: FactIndex, puts: list[tuple[Fact, NewFact]], drops: Iterable[int] 
     marks = [(token, f.id, place) for f, new in puts for token, place in zip(new.tokens, new.places)]
     self._enter(facts, keys, [len(new.tokens) for _, new in puts], slots, torch.tensor(marks))
 
-
+# %% ../../nbs/09b_bank.ipynb #aef1d131
 @patch
 def _enter(self: FactIndex,
     facts: list[Fact],
@@ -204,7 +204,7 @@ def _enter(self: FactIndex,
         self.marks = grown(self.marks, max(slots) + 1)
         self.marks[slots] = marks
 
-
+# %% ../../nbs/09b_bank.ipynb #de6c3746
 @patch
 def _leave(self: FactIndex, id: int) -> None:
     "Take a fact out of the tables, and its vectors out of the stores."
@@ -252,6 +252,7 @@ def least(self: FactIndex) -> int:
         heapreplace(self._heap, (now, i))
     raise KeyError("the bank is empty")
 
+# %% ../../nbs/09b_bank.ipynb #3c11db4c
 @patch
 def touch(self: FactIndex, ids: Iterable[int], now: float | None = None) -> None:
     "Count a use."
@@ -329,7 +330,7 @@ def snapshot(self: FactIndex, vectors: bool = True) -> tuple[dict, dict[str, Ten
         if slots: tensors["states"] = self.states.get(slots)
     return record, tensors
 
-
+# %% ../../nbs/09b_bank.ipynb #a235c92f
 @patch
 def restore(self: FactIndex, record: dict, tensors: dict[str, Tensor]) -> None:
     "Fill an empty index from a snapshot."
@@ -472,7 +473,7 @@ def _read_put(record: dict) -> tuple[Fact, NewFact]:
     states = _decode(record["states"]).view(n, -1) if n else None
     return f, NewFact(f.text, _decode(record["key"]), states, record["tokens"], record["places"])
 
-
+# %% ../../nbs/09b_bank.ipynb #e6e3d5c2
 @patch
 def _commit(self: MemoryBank,
     puts: Iterable[tuple[Fact, NewFact]] = (),
@@ -492,7 +493,7 @@ def _commit(self: MemoryBank,
     self.index.put(puts, drops)
     for i, importance in values.items(): self.index.weigh(i, importance)
 
-
+# %% ../../nbs/09b_bank.ipynb #8d49bd6a
 @patch
 def _replay(self: MemoryBank, records: list[dict]) -> None:
     "Do what the journal says; facts that follow each other are put together."
@@ -540,7 +541,7 @@ def _catch_up(self: MemoryBank) -> None:
         self.disk.turn_to(generation)
     self._replay(self.disk.news())
 
-
+# %% ../../nbs/09b_bank.ipynb #6606e090
 @patch
 def _read_snapshot(self: MemoryBank, files: dict) -> FactIndex:
     "An index with what a snapshot holds, and with nothing if there is none yet."
@@ -568,7 +569,7 @@ def _new_stores(self: MemoryBank) -> tuple[VectorStore, VectorStore]:
     folder = self.disk.folder / "memory_bank.lance"
     return LanceStore(folder, "keys", self.device), LanceStore(folder, "states", self.device)
 
-
+# %% ../../nbs/09b_bank.ipynb #f97cc399
 @patch
 def save(self: MemoryBank, folder: str | Path | None = None) -> Path:  # the folder
     "Write a new generation; nothing that was forgotten is left on disk. Without a folder: the one it was opened in."
@@ -620,7 +621,7 @@ def add(self: MemoryBank, *facts: NewFact) -> list[Decision]:  # one for each
         self._evict()
     return decisions
 
-
+# %% ../../nbs/09b_bank.ipynb #9d426328
 def _check(new: NewFact) -> None:
     "A fact that the bank can keep."
     check_text(new.text)
@@ -634,7 +635,7 @@ def _check(new: NewFact) -> None:
         )
     check_finite(vectors=torch.cat([new.key, new.entries.flatten()]) if m else new.key)
 
-
+# %% ../../nbs/09b_bank.ipynb #a2747bc2
 @patch
 def _decide(self: MemoryBank, new: NewFact, id: int) -> tuple[Decision, Fact | None, list[int]]:
     "What to do, the fact to be put, and facts that go."
@@ -671,7 +672,7 @@ def _same_slot(self: MemoryBank, new: NewFact) -> list[tuple[int, float]]:
         if cosine >= self.same_slot: near.append((i, cosine))
     return sorted(near, key=lambda pair: -pair[1])
 
-
+# %% ../../nbs/09b_bank.ipynb #04e647bf
 @patch
 def _evict(self: MemoryBank) -> None:
     "Let go what does not fit."
@@ -712,6 +713,7 @@ def reward(self: MemoryBank, ids: Iterable[int], amount: float) -> None:
         self._commit(values=values)
         self._note("rewarded", ids, f"by {amount:g}")
 
+# %% ../../nbs/09b_bank.ipynb #c2a5c864
 @patch
 def decay(self: MemoryBank, below: float, now: float | None = None) -> list[int]:  # ids that went
     "Forget the facts whose value has fallen below a bound."

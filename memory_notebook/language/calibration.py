@@ -97,7 +97,7 @@ class WordKeys:
         if new := list({w: 0 for r in relations for w in r if w not in self.words}): self.meet(new)
         return torch.from_numpy(_normed(np.array([self.sum(r) for r in relations])))
 
-
+# %% ../../nbs/09d_calibration.ipynb #69994ff7
 class EncoderKeys:
     "A relation as a sentence encoder sees it."
     def __init__(self, encode: Callable[[list[str]], Any]):  # texts -> (n, w)
@@ -133,7 +133,7 @@ def _means(x: ndarray, label: ndarray) -> ndarray:  # (n, d), (n,) -> (labels, d
     np.add.at(out, label, x)
     return out / np.bincount(label)[:, None]
 
-
+# %% ../../nbs/09d_calibration.ipynb #40997d46
 def _logistic(
     x: ndarray,  # (n, f)
     y: ndarray,  # (n,)
@@ -300,7 +300,7 @@ def _numbered(labels: list) -> ndarray:
     first = {x: i for i, x in enumerate(dict.fromkeys(labels))}
     return np.array([first[x] for x in labels])
 
-
+# %% ../../nbs/09d_calibration.ipynb #ffd9e2e4
 def probe_model(
     memory: Any,  # what stands beside a model: `run`, `keys`, `lexicon`, `begin`
     probes: list[Probe],
@@ -393,7 +393,7 @@ class _Fitting:
         log_p = self.log_p[asked, pool.tokens]
         return _expand(c.measures(query, relations, asked, pool, log_p, self.top[asked]).astype(float))
 
-
+# %% ../../nbs/09d_calibration.ipynb #43ac6245
 def _fit(
     cls: type,
     probed: Probed,

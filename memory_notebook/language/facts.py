@@ -52,7 +52,7 @@ def ask_model(
             after.append(row[0])
     return torch.tensor(right), torch.tensor(after)
 
-
+# %% ../../nbs/09f_facts.ipynb #2487ed95
 @torch.no_grad()
 def divergence(
     model: Any,
@@ -83,7 +83,7 @@ def _few(items: list, k: int, rng: random.Random) -> list:
     "At most k of the items."
     return rng.sample(items, min(k, len(items)))
 
-
+# %% ../../nbs/09f_facts.ipynb #4d8fdead
 class Examiner:
     "Facts to be told, questions about them, and what the base model answers."
     def __init__(self,
@@ -258,7 +258,7 @@ def _measured(model: Any, world: World, facts: list[WorldFact], new: list[WorldF
         out["same_after_load"] = float(len(again) == len(model.bank))
     return out
 
-
+# %% ../../nbs/09f_facts.ipynb #b39f8e37
 def _growth(
     model: Any,  # with an empty bank
     world: World,
@@ -307,7 +307,7 @@ def gpt2_facts(run: Run, *,
     cost = run.unit("overhead-gpt2-size", lambda: _at_gpt2_size(world, lm.tokenizer))
     return out | {f"gpt2_size.{k}": v for k, v in cost.items()}
 
-
+# %% ../../nbs/09f_facts.ipynb #9df9b917
 def _examined(lm: Any, world: World, n: int, seed: int, reads: tuple[str, ...]) -> dict[str, dict]:
     "Scores of the base model and of each read, with n facts."
     lm.reset_memory()

@@ -139,7 +139,7 @@ def _unpadded(ids: Tensor, mask: Tensor | None) -> Tensor:
     "The tokens, and -1 where there is padding."
     return ids.masked_fill(mask == 0, -1) if mask is not None and mask.shape == ids.shape else ids
 
-
+# %% ../../nbs/09e_gpt2.ipynb #9ab1d401
 @patch
 @torch.no_grad()
 def run(self: ModelMemory,
@@ -202,7 +202,7 @@ def readings(self: ModelMemory, texts: list[str], subjects: list[str | None]) ->
         out.append(_Reading(text, row, ends, states[i, :len(row)], p, parsed, token))
     return out
 
-
+# %% ../../nbs/09e_gpt2.ipynb #9cdf80ac
 @patch
 def fact(self: ModelMemory, r: _Reading, category: str) -> NewFact | Decision:
     "The fact that a reading makes, or why it makes none."
@@ -398,7 +398,7 @@ def _session(self: ContinualLearning,
     session.align(memory_ids, input_ids.shape[1], m.listener)
     return session
 
-
+# %% ../../nbs/09e_gpt2.ipynb #68537944
 @patch
 def _with_memory(self: ContinualLearning, call: dict, session: Session) -> Any:
     "The base model's output with the logits as the memory wants them."
@@ -518,7 +518,7 @@ def forget(self: ContinualLearning, id: int) -> Fact:
     "Take a fact out of the bank."
     return self.bank.forget(id)
 
-
+# %% ../../nbs/09e_gpt2.ipynb #0cbbe5af
 @patch
 def reset_memory(self: ContinualLearning) -> None:
     "An empty bank in memory; the calibration stays."
@@ -579,7 +579,7 @@ def retrieve_memories(self: ContinualLearning, prompt: str, k: int = 3) -> list[
     asked = m.keys([relation_words(heard.previous, heard.sentence.decode(errors="ignore"), heard.subjects)])[0]
     return self.bank.retrieve_memories(asked, k, m.namespace, heard.subjects) if len(self.bank) else []
 
-
+# %% ../../nbs/09e_gpt2.ipynb #9ab67120
 @patch
 @torch.no_grad()
 def complete(self: ContinualLearning,
@@ -661,7 +661,7 @@ def _from_pretrained(
     if read is not None: model.read = read
     return loaded
 
-
+# %% ../../nbs/09e_gpt2.ipynb #10ba3a6b
 ContinualLearning.from_pretrained = classmethod(_from_pretrained)
 
 
@@ -704,7 +704,7 @@ def load(self: ModelMemory, folder: Path) -> None:
         self.calibration = c
     if (folder / "memory_bank.json").is_file(): self.bank = MemoryBank.load(folder)
 
-
+# %% ../../nbs/09e_gpt2.ipynb #f821c005
 @patch
 def _load_read(self: ModelMemory, file: Path) -> None:
     try:

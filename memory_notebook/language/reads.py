@@ -71,7 +71,7 @@ class Moment(NamedTuple):
     keep: Tensor  # (k,) which of the t positions the logits belong to
     session: Session
 
-
+# %% ../../nbs/09d_reads.ipynb #ede75bf4
 class Read:
     "A way to read the bank; this one leaves the model as it is."
     name = ""
@@ -236,7 +236,7 @@ def _carried(
         odds = new
     return odds
 
-
+# %% ../../nbs/09d_reads.ipynb #9e2a8827
 def _mix(
     logits: Tensor,  # (b, k, V)
     odds: ndarray,  # (p,)
@@ -353,7 +353,7 @@ def _stacked(rows: list[Tensor | None], width: int) -> Tensor:  # (heads, l, w) 
         if r is not None: out[i, :, width - r.shape[1]:] = r
     return out
 
-
+# %% ../../nbs/09d_reads.ipynb #353195b6
 class KvRead(Read):
     "The same, read once: keys and values of each layer are kept."
     name = "kv"
@@ -409,7 +409,7 @@ class GraceRead(Read):
         out[at // k, at % k, token] = stored.to(out.dtype)
         return out
 
-
+# %% ../../nbs/09d_reads.ipynb #f9f21cc5
 class LinearRead(Read):
     "One linear map over random features of the state."
     name = "linear"
@@ -477,7 +477,7 @@ class SimpleMemoryAttention(nn.Module):
         score, best = (unit(self.query(hidden)) @ unit(memory).T + importance).topk(min(self.k, len(memory)))
         return hidden + self.gate * self.scale * (score.softmax(-1).unsqueeze(-1) * memory[best]).sum(-2)
 
-
+# %% ../../nbs/09d_reads.ipynb #f87cf0e1
 class GateRead(Read):
     "The transcript's recipe."
     name = "gate"

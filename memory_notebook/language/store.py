@@ -54,7 +54,7 @@ def _digest(path: Path) -> dict:
         for block in iter(lambda: f.read(1 << 20), b""): sha.update(block)
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha.hexdigest()}
 
-
+# %% ../../nbs/09a_store.ipynb #52b6ec3a
 class BankFolder:
     "Records and tensors in a folder: a snapshot, a journal of what came since, a pointer, a lock, and a log."
     def __init__(self,
@@ -254,7 +254,7 @@ def _slot_in(slots: list[int]) -> str:
     "A condition on the rows of a table."
     return f"slot IN ({', '.join(str(int(s)) for s in slots)})"
 
-
+# %% ../../nbs/09a_store.ipynb #8780a77c
 class LanceStore:
     "Vectors of length one in a LanceDB table: as many as the disk holds. One process at a time."
     def __init__(self, folder: str | Path, name: str, device: str | torch.device = "cpu"):

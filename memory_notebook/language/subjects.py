@@ -103,7 +103,7 @@ class _Word(NamedTuple):
     joined: bool  # only a space lies between it and the word before
     opens: bool  # it begins a sentence, or follows a label
 
-
+# %% ../../nbs/09c_subjects.ipynb #22a2ff0d
 @lru_cache(1 << 14)
 def split_words(sentence: str) -> tuple[_Word, ...]:
     "The words of a sentence. One that has grown by a word costs one word."
@@ -174,7 +174,7 @@ class _Span(NamedTuple):
     start: int
     end: int
 
-
+# %% ../../nbs/09c_subjects.ipynb #c7a5968a
 _PERSONS = {w: "i" for w in "i me my mine myself".split()} | {w: "you" for w in "you your yours yourself".split()}
 
 
@@ -301,7 +301,7 @@ def _given(text: str, subject: str) -> _Span:
     at = text.casefold().find(subject.casefold())
     return _Span(subject, at, at + len(subject)) if at >= 0 else _Span(subject, 0, 0)
 
-
+# %% ../../nbs/09c_subjects.ipynb #0e137c05
 def _names(
     who: _Span, text: str, ws: tuple[_Word, ...], runs: list[tuple[int, int]], lexicon: Lexicon
 ) -> bool:
@@ -357,7 +357,7 @@ class Heard(NamedTuple):
     earlier: tuple[str, ...] = ()  # those of the sentences before
     open: bool = True  # whom it speaks of may change with the next token
 
-
+# %% ../../nbs/09c_subjects.ipynb #a31738a5
 class Listener:
     "Follows a text token by token, and knows whom it speaks of."
     def __init__(self,

@@ -17,7 +17,7 @@ def _printable(text: str) -> str:
     "Text as it may go to a terminal: one line, without signs that command one."
     return "".join(c if c.isprintable() else " " for c in text)
 
-
+# %% ../../nbs/09e_talk.ipynb #d6092570
 class Chat:
     "A conversation with a model that learns."
     usage = """learn TEXT      tell a fact          ask PROMPT      let the model go on from a prompt

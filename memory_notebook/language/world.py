@@ -462,7 +462,7 @@ class World:
         else: objects = [rng.choice(pool) for _ in subjects]
         self.known += [make_fact(s, relation, o) for s, o in zip(subjects, objects)]
 
-
+# %% ../../nbs/09_world.ipynb #8e5722f8
 def _names(kind: str, n: int, rng: random.Random) -> list[str]:
     "Names that may stand in the corpus, no two alike."
     out: dict[str, None] = {}
@@ -529,7 +529,7 @@ def statement(self: World, fact: WorldFact, which: int | None = None) -> str:
     "A fact as one sentence; in the relation's wording number `which`, or in its own."
     return _say(fact, self.wording(fact) if which is None else RELATIONS[fact.relation].train[which])
 
-
+# %% ../../nbs/09_world.ipynb #ef16475f
 @patch
 def prompts(self: World,
     fact: WorldFact,
@@ -691,7 +691,7 @@ def general_text(self: World, n: int, seed: int | str = 1) -> list[str]:
     "Paragraphs like the corpus's, without subjects who are told and forgotten."
     return list(self.paragraphs(n, f"general-{seed}", ("profile", "mixed", "quiz", "story")))
 
-
+# %% ../../nbs/09_world.ipynb #60ed86fa
 @patch
 def sentence(self: World, fact: WorldFact, rng: random.Random, again: bool = False, ask: bool = True) -> str:
     "A fact in any wording of the corpus; with a pronoun if its subject was named before."

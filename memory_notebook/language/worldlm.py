@@ -287,7 +287,7 @@ def pretrain_gpt2(run: Run, *,
         out[f"loss_at_{10 * (i + stride)}"] = sum(losses[i:i + stride]) / stride
     return out
 
-
+# %% ../../nbs/09_worldlm.ipynb #6ea2e6c5
 def _save_model(model: Any, tokenizer: Any, folder: Path, card: str) -> None:
     "A folder that any `from_pretrained` takes: half precision, tokenizer, card."
     half = type(model)(model.config).half()

@@ -166,7 +166,7 @@ def _column(metrics: dict[str, dict], kind: str, prefix: str) -> dict[int, list]
         if number != name and number.isdigit(): found[int(number)] = metric["values"]
     return found
 
-
+# %% ../../nbs/06b_machines.ipynb #e9f034fe
 def show_results(
     metrics: dict[str, dict],  # of a run or of a stored result
     title: str = "",

@@ -443,7 +443,7 @@ def _load_texts(data: str, vocab: int = 2048) -> _Texts:
     token_bytes = len(valid.encode()) / len(tokens)
     return _Texts(text_tokens(tokenizer, train), tokens, canonical_ids(tokenizer), token_bytes)
 
-
+# %% ../../nbs/08b_engram.ipynb #f004959d
 def _practise(
     run: Run,
     name: str,  # of the trial

@@ -102,7 +102,7 @@ def count_background(
     model.train(was_training)
     return pool
 
-
+# %% ../../nbs/08c_finetuning.ipynb #757d01a8
 RULES: dict[str, Callable] = {  # (counts, pool, generator) -> (slots,) scores
     "tfidf": lambda counts, pool, g: (
         counts / counts.sum() * ((pool.document_count + 1) / (pool.documents.double() + 1)).log()

@@ -442,7 +442,7 @@ class _Seed:
         method = _METHODS[name]
         return _REGIMES[regime](self.model(method.base), self.world, method, lr, seed=self.seed)
 
-
+# %% ../../nbs/08d_frontier.ipynb #dc377654
 @experiment("frontier", help="teach new facts in ten ways and count what is forgotten")
 def frontier(run: Run, *,
     method: tuple[str, ...] = ("all",),  # by name

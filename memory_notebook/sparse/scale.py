@@ -39,7 +39,7 @@ def _reduce(x: Tensor, sizes: list[int], group: Any) -> Tensor:
     dist.reduce_scatter_tensor(out, room.flatten(0, 1), group=group)
     return out[:sizes[rank]]
 
-
+# %% ../../nbs/08e_scale.ipynb #58716217
 class _ShardedBag(torch.autograd.Function):
     "`bag` over a table whose rows lie in several processes."
     @staticmethod
@@ -125,7 +125,7 @@ class ShardedValuePool(ValuePool):
             self.weight.data, mesh, [Shard(0)], run_check=False, shape=(self.slots, self.width), stride=(self.width, 1)
         )
 
-
+# %% ../../nbs/08e_scale.ipynb #4bdcfe70
 @torch.no_grad()
 def shard_values(
     model: nn.Module,  # with memory layers and the same weights in every process; changed in place

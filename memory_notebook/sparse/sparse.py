@@ -149,7 +149,7 @@ class _Bag(torch.autograd.Function):
         if not ctx.needs_input_grad[2]: return None, d_weights, None, None
         return None, d_weights, pool.back(reads if pool.choose is None else reads.only(pool.choose()), d_out), None
 
-
+# %% ../../nbs/08_sparse.ipynb #b3aa8ead
 class ValuePool(nn.Module):
     "A table of values that one or several memory layers read. Lample et al. 2019; shared as in Berges et al. 2024."
     def __init__(self,
@@ -268,7 +268,7 @@ class Found(NamedTuple):
     weights: Tensor  # (..., h, k) sum to 1 over k
     slots: Tensor  # (..., h, k) best first
 
-
+# %% ../../nbs/08_sparse.ipynb #451398e4
 class ProductKeys(nn.Module):
     "Search among n * n slots. Lample et al. 2019, section 3."
     def __init__(self,
@@ -398,7 +398,7 @@ class ProductKeyConfig:
                 "equal"
             )
 
-
+# %% ../../nbs/08_sparse.ipynb #2b7ed4d0
 class ProductKeyMemory(nn.Module):
     "A memory layer: x (..., d) -> (..., d), every token on its own. Lample et al. 2019; gate of Berges et al. 2024."
     def __init__(self,
@@ -504,7 +504,7 @@ class RowSteps:
                     _put_rows(whole[k], index, v)
         state.update(new)
 
-
+# %% ../../nbs/08_sparse.ipynb #9ee3bbcd
 def step_rows(
     optimizer: torch.optim.Optimizer,  # any of torch's that works element by element
     *tables: nn.Parameter,  # with sparse gradients; none: all two-dimensional parameters
