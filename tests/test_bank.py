@@ -223,7 +223,7 @@ def test_what_was_forgotten_is_off_the_disk_after_a_save(tmp_path):
 
 def test_the_walk_of_a_fact_is_the_one_that_the_chapter_tells(tmp_path):
     from memory_notebook import ContinualLearningGPT2
-    book = json.loads((Path(__file__).parents[1] / "nbs/09b_bank.ipynb").read_text(encoding="utf-8"))
+    book = json.loads((Path(__file__).parents[1] / "nbs/09c_bank.ipynb").read_text(encoding="utf-8"))
     told = next("".join(c["source"]) for c in book["cells"] if "## The walk of a fact" in "".join(c["source"]))
     steps = re.findall(r"`(\w+)`", told)
     model = ContinualLearningGPT2.from_pretrained().eval()
