@@ -164,16 +164,20 @@ def ruff() -> list[tuple[str, str]]:
             for f in json.loads(done.stdout)]
 
 
+def lines(source: str) -> int:
+    "Lines of a cell that are not empty."
+    return sum(bool(line.strip()) for line in source.splitlines())
+
+
 def long_cells() -> list[str]:
     "Exported cells of more than a hundred lines."
-    lines = lambda s: sum(bool(line.strip()) for line in s.splitlines())
     return [f"{c.path.name}: {lines(s)} lines, {s.splitlines()[1][:60]}"
             for c in chapters() for s in c.exported() if lines(s) > CELL]
 
 
 def under_forty() -> str:
     "How many of the exported cells have at most forty lines."
-    sizes = [len(s.splitlines()) for c in chapters() for s in c.exported()]
+    sizes = [lines(s) for c in chapters() for s in c.exported()]
     return f"{sum(n <= 40 for n in sizes) / len(sizes):.0%}"
 
 
