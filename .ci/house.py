@@ -19,8 +19,7 @@ PACKAGE, NBS, PAGE = ROOT / "memory_notebook", ROOT / "nbs", ROOT / "CONTRIBUTIN
 BEGIN, END = "<!-- house rules: made by .ci/house.py -->", "<!-- end of house rules -->"
 WIDTH, CELL, MODULE, CHAIN = 120, 100, 750, 2
 # Another chapter, spoken of in prose
-SPOKEN_OF = (r"(?i)\b(?:the (?:next|last|previous) chapter|chapter (?:before|after|on|of) (?!this)(?!\[\])\w+(?: \w+)?)"
-             r"|`\d\d[a-z]?_\w+`")
+SPOKEN_OF = r"(?i)\b(?:the (?:next|last|previous) chapter|chapter (?:before|after|on|of) (?!this)(?!\[\])\w+(?: \w+)?)"
 
 
 class Chapter(NamedTuple):
