@@ -73,7 +73,7 @@ def check_page(path, source, symbols, places, bad):
     shown = {
         m[1]: md
         for c, md in outputs(page, "text/markdown")
-        if (m := re.search(r"(?m)^show_doc\((\w+)", text(c["source"])))
+        if (m := re.search(r"(?m)^show_doc\(([\w.]+)", text(c["source"])))
     }
     for s in symbols:
         if f"### {s}\n" not in shown.get(s, ""): bad(f"{s} is exported but not documented on its page")
@@ -129,7 +129,7 @@ def check_index(nb, sidebar, chapters):
     "The index and the sidebar name every chapter once, in the order of the book. Returns what is wrong."
     prose = "\n".join(text(c["source"]) for c in nb["cells"] if c["cell_type"] == "markdown")
     want = [p.name for p in chapters if p.name != "index.ipynb"]
-    listed = re.findall(r"\]\(([\w.]+\.ipynb)\)", prose)
+    listed = re.findall(r"\]\(([\w.]+\.ipynb)\)", prose.partition("## The book")[2])
     wrong = []
     if listed != want: wrong.append(f"index.ipynb lists {listed}, the book is {want}")
     if sidebar != ["index.ipynb", *want]: wrong.append(f"nbs/sidebar.yml lists {sidebar}, the book is {want}")
