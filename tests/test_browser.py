@@ -55,7 +55,7 @@ def cdn(request):
             if not shutil.which("npm"): pytest.skip("npm is not installed")
             try:
                 subprocess.run(
-                    ["npm", "pack", "--silent", spec], cwd=folder, check=True, capture_output=True, timeout=60
+                    ["npm", "pack", "--silent", "--fetch-retries=0", spec], cwd=folder, check=True, capture_output=True, timeout=60
                 )
             except (subprocess.SubprocessError, OSError): pytest.skip(f"npm cannot fetch {spec}: no network?")
         with tarfile.open(archive) as tar:
