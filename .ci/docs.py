@@ -61,8 +61,9 @@ def check_figures(nb, bad):
     for c in figures:
         head = re.findall(r"(?m)^#\|(.*)", re.match(r"(#\|.*\n?)*", text(c["source"]))[0])
         try: said = yaml.safe_load("\n".join(h for h in head if "fig-alt:" in h))
-        except yaml.YAMLError: said = bad(f"{name(c)}: quote the fig-alt, it holds a colon or another sign of YAML")
-        else: said or bad(f"{name(c)} draws a figure without #| fig-alt")
+        except yaml.YAMLError: bad(f"{name(c)}: quote the fig-alt, it holds a colon or another sign of YAML")
+        else:
+            if not said: bad(f"{name(c)} draws a figure without #| fig-alt")
     return len(tags) + len(figures)
 
 

@@ -15,9 +15,15 @@ from pathlib import Path
 from typing import Iterator, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE, NBS, PAGE = ROOT / "memory_notebook", ROOT / "nbs", ROOT / "CONTRIBUTING.md"
-BEGIN, END = "<!-- house rules: made by .ci/house.py -->", "<!-- end of house rules -->"
-WIDTH, CELL, MODULE, CHAIN = 120, 100, 750, 2
+PACKAGE = ROOT / "memory_notebook"
+NBS = ROOT / "nbs"
+PAGE = ROOT / "CONTRIBUTING.md"
+BEGIN = "<!-- house rules: made by .ci/house.py -->"
+END = "<!-- end of house rules -->"
+WIDTH = 120  # characters of a line
+CELL = 100  # lines of an exported cell
+MODULE = 750  # lines of a module
+CHAIN = 2  # classes of ours above each other
 # Another chapter, spoken of in prose
 SPOKEN_OF = r"(?i)\b(?:the (?:next|last|previous) chapter|chapter (?:before|after|on|of) (?!this)(?!\[\])\w+(?: \w+)?)"
 
