@@ -388,9 +388,9 @@ class Linear(nn.Linear):
 # %% ../nbs/00f_streams.ipynb #5569decb
 class MLP(nn.Module):
     "Linear layers with ReLU between them."
-    def __init__(self, inputs: int, outputs: int, hidden: Iterable[int] = (400, 400)):
+    def __init__(self, input_size: int, output_size: int, hidden_size: Iterable[int] = (400, 400)):
         super().__init__()
-        sizes = [inputs, *hidden, outputs]
+        sizes = [input_size, *hidden_size, output_size]
         if min(sizes) < 1: raise ValueError(f"layers of {sizes} units: expected at least 1 in each")
         layers = []
         for a, b in zip(sizes[:-2], sizes[1:-1]): layers += [Linear(a, b), nn.ReLU()]
@@ -713,7 +713,7 @@ class AccuracyCurve(Method):
 def forgetting_curves(
     mode: Literal["sequential", "interleaved"] = "sequential",
     scenario: Literal["task", "domain", "class"] = "class",
-    hidden: int = 100,  # units in the hidden layer
+    hidden_size: int = 100,  # units in the hidden layer
     steps: int = 150,  # batches of 32 for each task
     seed: int = 0,
 ):
@@ -724,7 +724,7 @@ def forgetting_curves(
     together = mode == "interleaved"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = MLP(64, stream.outputs, (hidden,))
+        net = MLP(64, stream.outputs, (hidden_size,))
     learner = Learner(net, methods=[curve], seed=seed)
     if together: learner.fit(stream.joint(), steps=2 * steps, batch_size=32)
     else: learner.fit(stream, steps=steps, batch_size=32)

@@ -48,7 +48,7 @@ for tokens in ("split", "same"):
         assert pool.weight.grad.is_sparse == (gradient == "sparse")
 
 set_seed(1)
-layer = ProductKeyMemory(ProductKeyConfig(8, slots=49, heads=2, k=3, key_dim=8))
+layer = ProductKeyMemory(ProductKeyConfig(8, memory_slots=49, heads=2, k=3, key_dim=8))
 x = torch.randn(5, 8)
 want = layer(x)
 assert_close(shard_values(layer, tokens="same")(x), want)

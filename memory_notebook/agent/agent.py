@@ -32,14 +32,14 @@ def make_task(
     n_samples: int = 100,
     split: Literal["train", "test"] = "train",  # never the same samples
     seed: int = 0,
-    dim: int = 64,  # d
+    input_size: int = 64,  # d
 ) -> TensorDataset:  # of x (n, d) and y (n, d); iterate over it for pairs, or take `.tensors`
     "One of the tutorial's synthetic regressions, with data held out for testing."
     if task_id < 0 or n_samples < 1:
         raise ValueError(f"task_id {task_id} and n_samples {n_samples}: expected >= 0 and >= 1")
     g = torch.Generator().manual_seed((seed * 1000 + task_id) * 2 + (split == "test"))
-    x = torch.randn(n_samples, dim, generator=g)
-    mean = x.mean(1, keepdim=True).expand(-1, dim)
+    x = torch.randn(n_samples, input_size, generator=g)
+    mean = x.mean(1, keepdim=True).expand(-1, input_size)
     if task_id == 0: return TensorDataset(x, mean.sin())
     if task_id == 1: return TensorDataset(x, 0.5 * mean.cos())
     return TensorDataset(x, (x + 0.3 * task_id).tanh())

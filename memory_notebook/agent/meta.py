@@ -38,10 +38,14 @@ def sinusoids(
     return Sines(x, wave[..., :1] * torch.sin(x - wave[..., 1:]), wave)
 
 # %% ../../nbs/04_meta.ipynb #f334a7f7
-def sine_net(inputs: int = 1, hidden: int = 40) -> nn.Sequential:
+def sine_net(input_size: int = 1, hidden_size: int = 40) -> nn.Sequential:
     "Two hidden layers of 40 rectified units, as in Finn et al. 2017."
     return nn.Sequential(
-        nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1)
+        nn.Linear(input_size, hidden_size),
+        nn.ReLU(),
+        nn.Linear(hidden_size, hidden_size),
+        nn.ReLU(),
+        nn.Linear(hidden_size, 1),
     )
 
 # %% ../../nbs/04_meta.ipynb #6fb1cb53

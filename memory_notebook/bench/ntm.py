@@ -75,12 +75,12 @@ class _PytorchNTM(nn.Module):
             self._copy_lstm(cell, c.hidden_size)
             self._copy_heads(cell)
 
-    def _copy_lstm(self, cell: NTMCell, hidden: int) -> None:
+    def _copy_lstm(self, cell: NTMCell, hidden_size: int) -> None:
         lstm = self.machine.ntm.controller.lstm
         reorder = lambda v: torch.cat([v.chunk(4)[i] for i in (1, 2, 3, 0)])
-        lstm.weight_ih_l0.copy_(reorder(torch.cat([cell.input.weight, cell.recurrent.weight[:, hidden:]], 1)))
+        lstm.weight_ih_l0.copy_(reorder(torch.cat([cell.input.weight, cell.recurrent.weight[:, hidden_size:]], 1)))
         lstm.bias_ih_l0.copy_(reorder(cell.input.bias))
-        lstm.weight_hh_l0.copy_(reorder(cell.recurrent.weight[:, :hidden]))
+        lstm.weight_hh_l0.copy_(reorder(cell.recurrent.weight[:, :hidden_size]))
         lstm.bias_hh_l0.zero_()
 
     def _copy_heads(self, cell: NTMCell) -> None:

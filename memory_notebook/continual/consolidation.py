@@ -174,7 +174,7 @@ class EWC(Method):
 def _tradeoff(
     strength: float = 2.0,  # log10 λ
     tasks: int = 2,
-    hidden: int = 100,
+    hidden_size: int = 100,
     steps: int = 200,  # batches of 32 for each task
     seed: int = 0,
 ) -> tuple[float, float]:  # accuracy on the earlier tasks at the end, on the last task
@@ -182,17 +182,17 @@ def _tradeoff(
     stream = permuted_stream(load_digits(), tasks, seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = MLP(64, 10, (hidden,))
+        net = MLP(64, 10, (hidden_size,))
     R = Learner(net, methods=[EWC(10**strength)], seed=seed).fit(stream, steps=steps, batch_size=32).R
     return R[-1, :-1].mean().item(), R[-1, -1].item()
 
 
-def stability_explorer(strength: float = 2.0, tasks: int = 2, hidden: int = 100, steps: int = 200):
+def stability_explorer(strength: float = 2.0, tasks: int = 2, hidden_size: int = 100, steps: int = 200):
     "The plasticity-stability explorer: two bars, from training with this strength."
     from matplotlib.figure import Figure
     fig = Figure(figsize=(5.5, 1.7), dpi=90, layout="constrained")
     ax = fig.subplots()
-    old, new = _tradeoff(strength, tasks, hidden, steps)
+    old, new = _tradeoff(strength, tasks, hidden_size, steps)
     bars = ax.barh(["new task learned", "old tasks kept"], [new, old], color=["C1", "C0"])
     ax.bar_label(bars, fmt="%.2f", padding=3)
     ax.set(xlim=(0, 1.1), xlabel="test accuracy", title=f"λ = 10^{strength:g}")

@@ -165,7 +165,7 @@ class ContinualLearningTrainer:
 # %% ../../nbs/04e_continual.ipynb #0a6f520c
 class Protocol(NamedTuple):
     "What all methods of a table share."
-    hidden: tuple[int, ...] = (400, 400)  # units
+    hidden_size: tuple[int, ...] = (400, 400)  # units
     steps: int = 2000  # batches of each context
     batch_size: int = 128
     memory: int = 1000  # samples that a method may keep, of all classes together
@@ -188,7 +188,7 @@ def _by_scenario(stream: Stream, task: float, domain: float, class_: float) -> f
 class _Entry(NamedTuple):
     "How a method of the table is set up."
     methods: Callable[[Stream, Protocol], list[Method]] = lambda s, p: []
-    network: Callable[[Stream, Protocol], nn.Module] = lambda s, p: MLP(_shape(s)[0], s.outputs, p.hidden)
+    network: Callable[[Stream, Protocol], nn.Module] = lambda s, p: MLP(_shape(s)[0], s.outputs, p.hidden_size)
     scenarios: tuple[str, ...] = SCENARIOS  # where it makes sense
     together: bool = False  # all contexts at once, for as many steps as all contexts have: the upper bound
     # what differs from the protocol in how long and how much a time
@@ -209,11 +209,13 @@ SPLIT_METHODS = {
 
 # %% ../../nbs/04e_continual.ipynb #50b8619c
 SPLIT_METHODS |= {
-    "dgr": _Entry(lambda s, p: [DGR(p.hidden)]),
+    "dgr": _Entry(lambda s, p: [DGR(p.hidden_size)]),
     "agem": _Entry(lambda s, p: [AGEM(p.memory)]),
     "gem": _Entry(lambda s, p: [GEM(p.memory)]),
-    "xdg": _Entry(network=lambda s, p: XdG(*_shape(s), p.hidden), scenarios=("task",)),
-    "sepn": _Entry(network=lambda s, p: SeparateNetworks(*_shape(s), [h // 4 for h in p.hidden]), scenarios=("task",)),
+    "xdg": _Entry(network=lambda s, p: XdG(*_shape(s), p.hidden_size), scenarios=("task",)),
+    "sepn": _Entry(
+        network=lambda s, p: SeparateNetworks(*_shape(s), [h // 4 for h in p.hidden_size]), scenarios=("task",)
+    ),
     "icarl": _Entry(lambda s, p: [ICaRL(p.memory // s.outputs)], scenarios=("class",)),
     "slda": _Entry(
         network=lambda s, p: SLDA(*_shape(s)), scenarios=("class",), schedule=lambda p: {"steps": None, "epochs": 1}

@@ -128,16 +128,16 @@ class DER(Method):
 class VAE(nn.Module):
     "Variational autoencoder of pixels from 0 to 1. Kingma & Welling 2014; sizes of van de Ven et al. 2022."
     def __init__(self,
-        inputs: int,  # pixels
-        hidden: Iterable[int] = (400, 400),  # of the encoder; the decoder has them in reverse
+        input_size: int,  # pixels
+        hidden_size: Iterable[int] = (400, 400),  # of the encoder; the decoder has them in reverse
         latent: int = 100,  # numbers in a code
     ):
         super().__init__()
-        hidden = list(hidden)
-        self.inputs = inputs
+        hidden_size = list(hidden_size)
+        self.input_size = input_size
         self.latent = latent
-        self.encoder = MLP(inputs, 2 * latent, hidden)
-        self.decoder = MLP(latent, inputs, hidden[::-1])
+        self.encoder = MLP(input_size, 2 * latent, hidden_size)
+        self.decoder = MLP(latent, input_size, hidden_size[::-1])
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:  # mean and log variance, (b, latent) each
         return self.encoder(x.flatten(1)).chunk(2, 1)
@@ -147,10 +147,10 @@ class VAE(nn.Module):
         mean, logvar = self.encode(x)
         z = torch.addcmul(mean, (logvar / 2).exp(), torch.randn_like(mean))
         error = F.binary_cross_entropy_with_logits(self.decoder(z), x.flatten(1), reduction="none").sum(1)
-        return (error + (mean.square() + logvar.exp() - logvar - 1).sum(1) / 2) / self.inputs
+        return (error + (mean.square() + logvar.exp() - logvar - 1).sum(1) / 2) / self.input_size
 
     @torch.no_grad()
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:  # (n, inputs)
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:  # (n, input_size)
         "Images that the decoder draws from random codes."
         codes = torch.randn(n, self.latent, generator=generator, device=self.decoder.head.bias.device)
         return self.decoder(codes).sigmoid_()
@@ -191,8 +191,8 @@ def _check_pixels(x: Tensor) -> None:
 class DGR(Method):
     "Deep generative replay: a generator dreams old inputs, the old network names them. Shin et al. 2017."
     boundaries = True
-    def __init__(self, hidden: Iterable[int] = (400, 400), latent: int = 100, lr: float = 1e-3):
-        self.hidden = tuple(hidden)
+    def __init__(self, hidden_size: Iterable[int] = (400, 400), latent: int = 100, lr: float = 1e-3):
+        self.hidden_size = tuple(hidden_size)
         self.latent = latent
         self.lr = lr
 
@@ -203,7 +203,7 @@ class DGR(Method):
         if getattr(learner.model, "takes_context", False):
             raise TypeError("DGR dreams without a context, and this network needs one: use MLP")
         _check_pixels(x)
-        self.vae = VAE(x[0].numel(), self.hidden, self.latent).to(x.device)
+        self.vae = VAE(x[0].numel(), self.hidden_size, self.latent).to(x.device)
         self.opt = torch.optim.Adam(self.vae.parameters(), self.lr, fused=True)
         self.dreamer = deepcopy(self.vae).eval().requires_grad_(False)  # the generator of the last context
         self.teacher = deepcopy(learner.model).eval().requires_grad_(False)  # and the network
@@ -409,21 +409,21 @@ class XdG(nn.Module):
     takes_context = True
     check = _needs_context
     def __init__(self,
-        inputs: int,
+        input_size: int,
         contexts: int,
         classes: int,  # of one context
-        hidden: Iterable[int] = (400, 400),
+        hidden_size: Iterable[int] = (400, 400),
         off: float = 0.9,  # share of hidden units that is silent
         seed: int = 0,  # of the gates
     ):
         super().__init__()
-        hidden = list(hidden)
+        hidden_size = list(hidden_size)
         g = torch.Generator().manual_seed(seed)
         if not 0 <= off < 1: raise ValueError(f"off is {off}: expected 0 or more and less than 1")
         self.contexts = contexts
         self.classes = classes
-        self.net = MLP(inputs, contexts * classes, hidden)
-        for i, h in enumerate(hidden):
+        self.net = MLP(input_size, contexts * classes, hidden_size)
+        for i, h in enumerate(hidden_size):
             order = torch.stack([torch.randperm(h, generator=g) for _ in range(contexts)])
             self.register_buffer(f"gate{i}", (order >= int(off * h)).float())  # (T, h)
 
@@ -437,12 +437,12 @@ class SeparateNetworks(nn.Module):
     "A small network for each context: no forgetting, no transfer. Sizes of van de Ven et al. 2022."
     takes_context = True
     check = _needs_context
-    def __init__(self, inputs: int, contexts: int, classes: int, hidden: Iterable[int] = (100, 100)):
+    def __init__(self, input_size: int, contexts: int, classes: int, hidden_size: Iterable[int] = (100, 100)):
         super().__init__()
-        hidden = list(hidden)
+        hidden_size = list(hidden_size)
         self.contexts = contexts
         self.classes = classes
-        self.nets = nn.ModuleList(MLP(inputs, classes, hidden) for _ in range(contexts))
+        self.nets = nn.ModuleList(MLP(input_size, classes, hidden_size) for _ in range(contexts))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:  # (b, T k), zero for the other contexts
         present = context.unique().tolist()
@@ -586,7 +586,7 @@ class SeenClasses(nn.Module):
 class SLDA(nn.Module):
     "Streaming linear discriminant analysis: a mean for each class and a covariance for all. Hayes & Kanan 2020."
     def __init__(self,
-        inputs: int,  # features
+        input_size: int,  # features
         contexts: int,
         classes: int,  # of one context
         scenario: Literal["task", "domain", "class"] = "class",
@@ -598,8 +598,9 @@ class SLDA(nn.Module):
         self.seen = SeenClasses(contexts, classes, scenario)
         self.shrinkage = shrinkage
         self.extractor = extractor if extractor is None else extractor.eval().requires_grad_(False)
-        self.register_buffer("means", torch.zeros(contexts * classes, inputs, dtype=dtype))
-        self.register_buffer("scatter", torch.zeros(inputs, inputs, dtype=dtype))  # within classes, not yet divided
+        self.register_buffer("means", torch.zeros(contexts * classes, input_size, dtype=dtype))
+        # within classes, not yet divided
+        self.register_buffer("scatter", torch.zeros(input_size, input_size, dtype=dtype))
         self._solved = None  # weights and biases, until more is learned
 
     def check(self, stream: Stream) -> None: self.seen.check(stream, "SLDA")
@@ -624,7 +625,7 @@ class SLDA(nn.Module):
         self.means[present] += step * (m / (n + m))[:, None]
         self._solved = None
 
-    def solve(self) -> tuple[Tensor, Tensor]:  # (inputs, T k), (T k,)
+    def solve(self) -> tuple[Tensor, Tensor]:  # (input_size, T k), (T k,)
         "Weights and biases of all classes."
         if self._solved is None:
             cov = self.scatter * ((1 - self.shrinkage) / max(1, int(self.seen.counts.sum())))
@@ -650,23 +651,23 @@ class SLDA(nn.Module):
 class GenerativeClassifier(nn.Module):
     "One small VAE for each class; the likeliest wins. Van de Ven et al. 2021; sizes of van de Ven et al. 2022."
     def __init__(self,
-        inputs: int,
+        input_size: int,
         contexts: int,
         classes: int,  # of one context
         scenario: Literal["task", "domain", "class"] = "class",
-        hidden: Iterable[int] = (85, 85),
+        hidden_size: Iterable[int] = (85, 85),
         latent: int = 5,
         samples: int | None = 50,  # importance samples at the test; None: the posterior mean alone
         pixels: Literal["gaussian", "bernoulli"] = "gaussian",  # p(x|z) at the test
         lr: float = 1e-3,
     ):
         super().__init__()
-        hidden = list(hidden)
+        hidden_size = list(hidden_size)
         if pixels not in ("gaussian", "bernoulli"): raise ValueError(f"pixels is {pixels!r}: gaussian or bernoulli")
         self.seen = SeenClasses(contexts, classes, scenario)
         self.samples = samples
         self.pixels = pixels
-        self.vaes = nn.ModuleList(VAE(inputs, hidden, latent) for _ in range(contexts * classes))
+        self.vaes = nn.ModuleList(VAE(input_size, hidden_size, latent) for _ in range(contexts * classes))
         self.opt = torch.optim.Adam(self.vaes.parameters(), lr, fused=True)
 
     def check(self, stream: Stream) -> None: self.seen.check(stream, "GenerativeClassifier")
@@ -687,7 +688,7 @@ class GenerativeClassifier(nn.Module):
 # %% ../../nbs/04d_families.ipynb #97aa24f9
 def _stacked(
     nets: list[MLP],  # alike
-    x: Tensor,  # (c, n, inputs), one part for each; or (n, inputs) for all
+    x: Tensor,  # (c, n, input_size), one part for each; or (n, input_size) for all
 ) -> Tensor:  # (c, n, outputs)
     "Run networks side by side, a batch of matrices for each layer."
     x = x.expand(len(nets), *x.shape[-2:])

@@ -453,12 +453,20 @@ class LinearRead(Read):
 # %% ../../nbs/09f_reads.ipynb #0cbc4e95
 class SimpleMemoryAttention(nn.Module):
     "A query from the state, the best few memories, a soft gate."
-    def __init__(self, d: int, k: int = 3, gate: float = 0.05, scale: float = 0.1, noise: float = 0.01, seed: int = 0):
+    def __init__(self,
+        hidden_size: int,  # d, of the model's states
+        k: int = 3,  # memories that a read averages
+        gate: float = 0.05,
+        scale: float = 0.1,
+        noise: float = 0.01,
+        seed: int = 0,
+    ):
         super().__init__()
         self.k = k
         self.gate = gate
         self.scale = scale
         self.noise = noise
+        d = hidden_size
         self.query = nn.Linear(d, d)
         self.encoder = nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, d))
         g = torch.Generator().manual_seed(seed)

@@ -49,8 +49,8 @@ def token_rows(
 # %% ../../nbs/09a_worldlm.ipynb #29631b83
 def new_gpt2(
     tokenizer: Any,
-    width: int = 192,
-    layers: int = 4,
+    hidden_size: int = 192,
+    num_layers: int = 4,
     heads: int = 6,
     context: int = 256,  # tokens
     seed: int = 0,
@@ -58,7 +58,7 @@ def new_gpt2(
     "A GPT-2 for this tokenizer, untrained and without dropout."
     end = tokenizer.eos_token_id
     ends = dict(bos_token_id=end, eos_token_id=end, pad_token_id=end)
-    return small_gpt2(len(tokenizer), width, layers, heads, context, seed, **ends)
+    return small_gpt2(len(tokenizer), hidden_size, num_layers, heads, context, seed, **ends)
 
 # %% ../../nbs/09a_worldlm.ipynb #3d7c265c
 class _MuonSchedule(Callback):

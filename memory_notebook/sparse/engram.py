@@ -138,11 +138,11 @@ class NgramHash(nn.Module):
 @dataclass
 class EngramConfig:
     "Sizes of an Engram. Defaults: the 27 B model of Cheng et al. 2026."
-    dim: int  # d, width of the hidden state
+    hidden_size: int  # d, width of the hidden state
     rows: int = 2_262_400  # of each order and head
     max_order: int = 3  # N
     heads: int = 8  # K, of each order
-    memory_dim: int = 1280  # width of all rows of a token together
+    read_dim: int = 1280  # width of all rows of a token together
     kernel: int = 4  # taps of the convolution; 0: none
     branches: int = 1  # M, residual streams
     gated: bool = True  # False: everything passes
@@ -156,9 +156,9 @@ class EngramConfig:
             raise ValueError(
                 f"max_order is {self.max_order}: expected 2 or more, for an n-gram of one token is an embedding"
             )
-        if self.memory_dim % (count := (self.max_order - 1) * self.heads):
+        if self.read_dim % (count := (self.max_order - 1) * self.heads):
             raise ValueError(
-                f"memory_dim is {self.memory_dim}: expected a multiple of {count}, {self.max_order - 1} orders times "
+                f"read_dim is {self.read_dim}: expected a multiple of {count}, {self.max_order - 1} orders times "
                 f"{self.heads} heads"
             )
 
@@ -201,11 +201,11 @@ class Engram(nn.Module):
         self.ordinal = ordinal
         self.off = False
         self.hash = NgramHash(canonical, c.rows, c.max_order, c.heads, ordinal, c.seed)
-        self.table = nn.Embedding(self.hash.size, c.memory_dim // (c.max_order - 1) // c.heads, sparse=c.sparse)
-        self.key = nn.Linear(c.memory_dim, c.branches * c.dim)
-        self.value = nn.Linear(c.memory_dim, c.dim)
-        self.scales = nn.Parameter(torch.ones(3, c.branches, c.dim))  # of the norms: state, key, convolution
-        self.taps = nn.Parameter(torch.zeros(c.kernel, c.branches, c.dim))
+        self.table = nn.Embedding(self.hash.size, c.read_dim // (c.max_order - 1) // c.heads, sparse=c.sparse)
+        self.key = nn.Linear(c.read_dim, c.branches * c.hidden_size)
+        self.value = nn.Linear(c.read_dim, c.hidden_size)
+        self.scales = nn.Parameter(torch.ones(3, c.branches, c.hidden_size))  # of the norms: state, key, convolution
+        self.taps = nn.Parameter(torch.zeros(c.kernel, c.branches, c.hidden_size))
         nn.init.normal_(self.table.weight, std=0.02)
         if c.silent:
             nn.init.zeros_(self.value.weight)
@@ -215,7 +215,8 @@ class Engram(nn.Module):
         "Nothing has been said."
         c = self.config
         reach = max(self.config.kernel - 1, 0) * self.config.max_order
-        return EngramState(self.hash.start(batch_size), self.taps.new_zeros(batch_size, reach, c.branches, c.dim))
+        values = self.taps.new_zeros(batch_size, reach, c.branches, c.hidden_size)
+        return EngramState(self.hash.start(batch_size), values)
 
     def forward(self,
         hidden: Tensor,  # (b, t, d), or (b, t, M, d) with branches
@@ -226,12 +227,12 @@ class Engram(nn.Module):
         "Whole sequences, or piece by piece with the state passed on."
         c = self.config
         shape = hidden.shape
-        norm = lambda i, x: F.rms_norm(x, (self.config.dim,)) * self.scales[i]
+        norm = lambda i, x: F.rms_norm(x, (self.config.hidden_size,)) * self.scales[i]
         if shape[:2] != ids.shape:
             raise ValueError(f"hidden is {tuple(shape)} and ids {tuple(ids.shape)}: expected the same batch and length")
         before, past = state or self.init_state(len(ids))
         tokens = self.hash.compress(ids, mask)
-        hidden = hidden.view(*ids.shape, c.branches, c.dim)
+        hidden = hidden.view(*ids.shape, c.branches, c.hidden_size)
         read = self.table(self.hash(tokens, before)).flatten(2).to(self.value.weight.dtype)
         values = self.value(read).unsqueeze(2).expand_as(hidden)
         if c.gated:
@@ -330,14 +331,14 @@ def _install(
     for block in stack: block.register_forward_pre_hook(_recall, with_kwargs=True)
 
 
-ENGRAM = Host("engram", _install)
+ENGRAM = Host("engram", _install, renamed={"dim": "hidden_size", "memory_dim": "read_dim"})
 
 # %% ../../nbs/08b_engram.ipynb #f49f8869
 def add_engram(
     model: PreTrainedModel,  # GPT-2, Llama, or built like them; changed in place
     layers: Iterable[int],  # blocks that get one before their attention; the paper: the second and the middle one
     canonical: Tensor | None = None,  # (vocab,) of `canonical_ids(tokenizer)`; None: nothing is the same
-    # of `EngramConfig`: rows, max_order, heads, memory_dim, kernel, gated, signed_root, silent, sparse, seed
+    # of `EngramConfig`: rows, max_order, heads, read_dim, kernel, gated, signed_root, silent, sparse, seed
     **sizes: Any,
 ) -> PreTrainedModel:
     "Give a language model a table of n-grams. Cheng et al. 2026."
@@ -417,7 +418,7 @@ def _make_lm(
     d = 64  # width of the model, and of all rows of a token together
     layers = 3
     extra = 0 if trial.share is None else round(extra * trial.factor)
-    sizes = {"heads": trial.heads, "memory_dim": d, "sparse": True} | trial.options
+    sizes = {"heads": trial.heads, "read_dim": d, "sparse": True} | trial.options
     around = 2 * (d + 1) * d + (3 + sizes.get("kernel", 4)) * d  # projections, scales and taps of an Engram
     rows = round((extra * trial.share - around) / d) if trial.share else 0  # of a head
     inner = 4 * d + round(extra * (1 - (trial.share or 0)) / ((2 * d + 1) * layers))

@@ -42,21 +42,21 @@ def _install(model: PreTrainedModel, layers: list[int], keep_mlp: bool, **sizes:
     stack = decoder_layers(model)
     like = next(stack[0].mlp.parameters())
     place = lambda module: module.to(device=like.device, dtype=like.dtype)
-    model.memory_values = place(ValuePool(config.slots, config.value_dim, config.gradient))
+    model.memory_values = place(ValuePool(config.memory_slots, config.value_dim, config.gradient))
     for i in layers:
         memory = place(ProductKeyMemory(config, model.memory_values))
         if keep_mlp: nn.init.zeros_(memory.out.weight)
         stack[i].mlp = _Beside(stack[i].mlp, memory) if keep_mlp else memory
 
 # %% ../../nbs/08c_finetuning.ipynb #bcf243ef
-MEMORY_LAYERS = Host("memory", _install)
+MEMORY_LAYERS = Host("memory", _install, renamed={"dim": "hidden_size", "slots": "memory_slots"})
 
 
 def add_memory_layers(
     model: PreTrainedModel,  # GPT-2, Llama, or built like them; changed in place
     layers: Iterable[int],  # blocks that get a memory; they share one pool, `model.memory_values`
     keep_mlp: bool = False,  # False: instead of the feed-forward part; True: beside it, adding nothing at first
-    **sizes: Any,  # of `ProductKeyConfig`: slots, heads, k, key_dim, value_dim, query_norm, gated, gradient
+    **sizes: Any,  # of `ProductKeyConfig`: memory_slots, heads, k, key_dim, value_dim, query_norm, gated, gradient
 ) -> PreTrainedModel:
     "Give a language model a memory. Berges et al. 2024; one layer as in Lin et al. 2025."
     layers = sorted(set(layers))

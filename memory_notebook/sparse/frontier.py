@@ -187,7 +187,7 @@ def _make_model(
     options = {"pad_token_id": 0, "tie_word_embeddings": False, "initializer_range": 0.08, "loss_type": "ForCausalLM"}
     model = small_gpt2(len(world.vocab), context=16, seed=seed, **options)
     if base == "dense": return model
-    return add_memory_layers(model, (1,), slots=half_keys**2, heads=4, k=8, key_dim=32)
+    return add_memory_layers(model, (1,), memory_slots=half_keys**2, heads=4, k=8, key_dim=32)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ __all__ = ['HUB', 'END', 'decoder_layers', 'Host', 'train_tokenizer', 'text_toke
 # %% ../../nbs/08a_host.ipynb #6fe83f2f
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
@@ -58,6 +58,7 @@ class Host:
     build: Callable[..., None] | None = None  # (model, **settings) puts the memory in; None: there is nothing to build
     mixin: type | None = None  # a class whose methods go before those of the model
     model_type: str = "{base}-{name}"  # of the configurations; `base` is the plain type
+    renamed: dict[str, str] = field(default_factory=dict, hash=False)  # settings of saved models: old name to new one
 
     def of(self,
         base: type[PreTrainedModel],  # such as GPT2LMHeadModel
@@ -134,7 +135,10 @@ def _host_class(host: Host, base: type[PreTrainedModel]) -> type[PreTrainedModel
         def __init__(self, config: Any, *args: Any, **kwargs: Any):
             super().__init__(config, *args, **kwargs)
             settings = getattr(config, host.name, None)
-            if settings and host.build: host.build(self, **settings)
+            if not settings: return
+            settings = {host.renamed.get(name, name): value for name, value in settings.items()}
+            setattr(self.config, host.name, settings)
+            if host.build: host.build(self, **settings)
 
     Model.__name__ = Model.__qualname__ = f"{base.__name__}With{host.name.capitalize()}"
     _register(Model, base)
@@ -192,8 +196,8 @@ def text_tokens(
 # %% ../../nbs/08a_host.ipynb #88c9a9df
 def small_gpt2(
     vocab_size: int,
-    width: int = 64,
-    layers: int = 3,
+    hidden_size: int = 64,
+    num_layers: int = 3,
     heads: int = 4,
     context: int = 64,  # tokens
     seed: int = 0,  # of the first weights
@@ -202,7 +206,7 @@ def small_gpt2(
     "A small GPT-2, untrained and without dropout."
     set_seed(seed)
     still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None}
-    sizes = {"n_positions": context, "n_embd": width, "n_layer": layers, "n_head": heads}
+    sizes = {"n_positions": context, "n_embd": hidden_size, "n_layer": num_layers, "n_head": heads}
     return GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, **sizes, **(still | config)))
 
 # %% ../../nbs/08a_host.ipynb #c8330599

@@ -85,7 +85,7 @@ class _ShardedBag(torch.autograd.Function):
 class ShardedValuePool(ValuePool):
     "A pool of values whose rows are spread over the processes of a group."
     def __init__(self,
-        slots: int, width: int,  # of the whole table
+        memory_slots: int, slot_dim: int,  # of the whole table
         gradient: Literal["dense", "sparse", "auto"] = "dense",
         group: Any = None,  # of torch.distributed; None: all processes
         tokens: Literal["split", "same"] = "split",  # whether processes have tokens of their own or all the same
@@ -96,10 +96,10 @@ class ShardedValuePool(ValuePool):
                 "torch.distributed is not initialised: start with torchrun and call dist.init_process_group first"
             )
         if tokens not in ("split", "same"): raise ValueError(f"tokens is {tokens!r}: choose 'split' or 'same'")
-        each = math.ceil(slots / dist.get_world_size(group))  # the last process may hold fewer
-        start = min(slots, dist.get_rank(group) * each)
-        super().__init__(min(slots, start + each) - start, width, gradient, device, dtype)
-        self.slots = slots
+        each = math.ceil(memory_slots / dist.get_world_size(group))  # the last process may hold fewer
+        start = min(memory_slots, dist.get_rank(group) * each)
+        super().__init__(min(memory_slots, start + each) - start, slot_dim, gradient, device, dtype)
+        self.memory_slots = memory_slots
         self.start = start
         self.group = group
         self.tokens = tokens
@@ -122,7 +122,12 @@ class ShardedValuePool(ValuePool):
         "The table as one distributed tensor, for checkpoints."
         mesh = dist.device_mesh.DeviceMesh.from_group(self.group or dist.group.WORLD, self.weight.device.type)
         return DTensor.from_local(
-            self.weight.data, mesh, [Shard(0)], run_check=False, shape=(self.slots, self.width), stride=(self.width, 1)
+            self.weight.data,
+            mesh,
+            [Shard(0)],
+            run_check=False,
+            shape=(self.memory_slots, self.slot_dim),
+            stride=(self.slot_dim, 1),
         )
 
 # %% ../../nbs/08e_scale.ipynb #4bdcfe70
@@ -136,7 +141,7 @@ def shard_values(
     pools = {id(m): m for m in model.modules() if isinstance(m, ValuePool) and not isinstance(m, ShardedValuePool)}
     new = {}
     for i, p in pools.items():
-        q = ShardedValuePool(p.slots, p.width, p.gradient, group, tokens, p.weight.device, p.weight.dtype)
+        q = ShardedValuePool(p.memory_slots, p.slot_dim, p.gradient, group, tokens, p.weight.device, p.weight.dtype)
         q.weight.copy_(p.weight[q.start:q.start + len(q.weight)])
         new[i] = q
     for m in list(model.modules()):
@@ -162,7 +167,7 @@ def save_values(
 
 
 def load_values(
-    pool: ValuePool,  # of the same slots and width; over any number of processes
+    pool: ValuePool,  # of the same sizes; over any number of processes
     folder: str | Path,
 ) -> None:
     "Read what `save_values` wrote, in place."

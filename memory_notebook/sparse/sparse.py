@@ -153,8 +153,8 @@ class _Bag(torch.autograd.Function):
 class ValuePool(nn.Module):
     "A table of values that one or several memory layers read. Lample et al. 2019; shared as in Berges et al. 2024."
     def __init__(self,
-        slots: int,  # rows
-        width: int,  # of a row
+        memory_slots: int,  # rows
+        slot_dim: int,  # numbers in a row
         gradient: Literal["dense", "sparse", "auto"] = "dense",  # sparse ones need an optimiser for them: `step_rows`
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -162,25 +162,25 @@ class ValuePool(nn.Module):
         super().__init__()
         if gradient not in ("dense", "sparse", "auto"):
             raise ValueError(f"gradient is {gradient!r}: choose 'dense', 'sparse' or 'auto'")
-        self.slots = slots
-        self.width = width
+        self.memory_slots = memory_slots
+        self.slot_dim = slot_dim
         self.gradient = gradient
         self.room = _Room()
-        self.choose = None  # () -> (slots,) bool, asked in the backward pass: which rows may learn
-        self.weight = nn.Parameter(torch.empty(slots, width, device=device, dtype=dtype))
+        self.choose = None  # () -> (memory_slots,) bool, asked in the backward pass: which rows may learn
+        self.weight = nn.Parameter(torch.empty(memory_slots, slot_dim, device=device, dtype=dtype))
         # how many documents of a background corpus read a slot, and how many documents there are
-        self.register_buffer("documents", torch.zeros(slots, device=device, dtype=torch.int32))
+        self.register_buffer("documents", torch.zeros(memory_slots, device=device, dtype=torch.int32))
         self.register_buffer("document_count", torch.zeros((), device=device, dtype=torch.int64))
         self.reset_parameters()
 
-    def reset_parameters(self) -> None: nn.init.normal_(self.weight, std=self.width ** -0.5)
+    def reset_parameters(self) -> None: nn.init.normal_(self.weight, std=self.slot_dim ** -0.5)
 
     def is_sparse(self, reads: int) -> bool:
         "Whether the gradient of so many reads is sparse."
-        return self.gradient == "sparse" or self.gradient == "auto" and self.slots > 2 * reads
+        return self.gradient == "sparse" or self.gradient == "auto" and self.memory_slots > 2 * reads
 
     def back(self, reads: Reads, d_out: Tensor) -> Tensor:  # dense or sparse
-        "Gradient of the table from that of the bags (b, width)."
+        "Gradient of the table from that of the bags (b, slot_dim)."
         n = len(self.weight)
         if self.is_sparse(len(reads.rows)): return reads.back_rows(d_out, self.room).sparse(n)
         return reads.back_table(d_out, n, self.room)
@@ -188,11 +188,12 @@ class ValuePool(nn.Module):
     def forward(self,
         slots: Tensor,  # (b, k)
         weights: Tensor,  # (b, k)
-    ) -> Tensor:  # (b, width)
+    ) -> Tensor:  # (b, slot_dim)
         "Weighted sums of rows."
         return _Bag.apply(slots, weights.to(self.weight.dtype), self.weight, self)
 
-    def extra_repr(self) -> str: return f"slots={self.slots}, width={self.width}, gradient={self.gradient!r}"
+    def extra_repr(self) -> str:
+        return f"memory_slots={self.memory_slots}, slot_dim={self.slot_dim}, gradient={self.gradient!r}"
 
 # %% ../../nbs/08_sparse.ipynb #66d59593
 @lru_cache(maxsize=64)
@@ -272,7 +273,7 @@ class Found(NamedTuple):
 class ProductKeys(nn.Module):
     "Search among n * n slots. Lample et al. 2019, section 3."
     def __init__(self,
-        dim: int,  # d of the input
+        hidden_size: int,  # d of the input
         n: int,  # half keys in each of the two lists
         heads: int = 4,
         k: int = 32,  # slots a head reads
@@ -289,7 +290,7 @@ class ProductKeys(nn.Module):
         self.heads = heads
         self.k = k
         self.half = key_dim // 2
-        self.query = nn.Linear(dim, heads * key_dim)
+        self.query = nn.Linear(hidden_size, heads * key_dim)
         self.norm = {"layer": nn.LayerNorm, "batch": nn.BatchNorm1d, "none": nn.Identity}[query_norm](
             self.half if query_norm == "layer" else heads * key_dim)
         self.keys = nn.Parameter(torch.empty(2 * heads, n, self.half))
@@ -378,24 +379,25 @@ class SlotCounter:
 @dataclass
 class ProductKeyConfig:
     "Sizes of a memory layer. Defaults: Berges et al. 2024, at their smaller number of slots."
-    dim: int  # d of input and output
-    slots: int = 2**20  # a square number
+    hidden_size: int  # d of input and output
+    memory_slots: int = 2**20  # a square number
     heads: int = 4
     k: int = 32  # slots a head reads
     key_dim: int = 256  # of a whole key, two halves
-    value_dim: int | None = None  # width of a slot; None: dim
+    value_dim: int | None = None  # width of a slot; None: hidden_size
     query_norm: Literal["layer", "batch", "none"] = "layer"
-    gated: bool = True  # Memory+; False: Lample et al. 2019, where the reads are the output, so that value_dim is dim
+    gated: bool = True  # Memory+; False: Lample et al. 2019: the reads are the output, and value_dim is hidden_size
     gradient: Literal["dense", "sparse", "auto"] = "dense"  # of the values
 
     def __post_init__(self):
-        if math.isqrt(self.slots) ** 2 != self.slots:
-            raise ValueError(f"slots is {self.slots}: expected a square number, like {math.isqrt(self.slots) ** 2}")
-        if self.value_dim is None: self.value_dim = self.dim
-        if not self.gated and self.value_dim != self.dim:
+        square = math.isqrt(self.memory_slots) ** 2
+        if square != self.memory_slots:
+            raise ValueError(f"memory_slots is {self.memory_slots}: expected a square number, like {square}")
+        if self.value_dim is None: self.value_dim = self.hidden_size
+        if not self.gated and self.value_dim != self.hidden_size:
             raise ValueError(
-                f"value_dim is {self.value_dim} and dim {self.dim}: without a gate and its projection they must be "
-                "equal"
+                f"value_dim is {self.value_dim} and hidden_size {self.hidden_size}: without a gate and its projection "
+                "they must be equal"
             )
 
 # %% ../../nbs/08_sparse.ipynb #2b7ed4d0
@@ -408,12 +410,12 @@ class ProductKeyMemory(nn.Module):
         super().__init__()
         c = config
         self.config = config
-        self.keys = ProductKeys(c.dim, math.isqrt(c.slots), c.heads, c.k, c.key_dim, c.query_norm)
-        if values is None: self.values = ValuePool(c.slots, c.value_dim, c.gradient)
+        self.keys = ProductKeys(c.hidden_size, math.isqrt(c.memory_slots), c.heads, c.k, c.key_dim, c.query_norm)
+        if values is None: self.values = ValuePool(c.memory_slots, c.value_dim, c.gradient)
         else: self.share(values)
         if c.gated:
-            self.gate = nn.Linear(c.dim, c.value_dim, bias=False)
-            self.out = nn.Linear(c.value_dim, c.dim, bias=False)
+            self.gate = nn.Linear(c.hidden_size, c.value_dim, bias=False)
+            self.out = nn.Linear(c.value_dim, c.hidden_size, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -424,9 +426,9 @@ class ProductKeyMemory(nn.Module):
 
     def share(self, values: ValuePool) -> None:
         "Read from a pool that belongs to somebody else."
-        want = (self.config.slots, self.config.value_dim)
-        got = (values.slots, values.width)
-        if got != want: raise ValueError(f"expected a pool of slots and width {want}, got {got}")
+        want = (self.config.memory_slots, self.config.value_dim)
+        got = (values.memory_slots, values.slot_dim)
+        if got != want: raise ValueError(f"expected a pool of (memory_slots, slot_dim) {want}, got {got}")
         self.__dict__["values"] = values  # past torch's registration
 
     def forward(self, x: Tensor) -> Tensor:
