@@ -54,9 +54,8 @@ def cdn(request):
         if not archive.exists():
             if not shutil.which("npm"): pytest.skip("npm is not installed")
             try:
-                subprocess.run(
-                    ["npm", "pack", "--silent", "--fetch-retries=0", spec], cwd=folder, check=True, capture_output=True, timeout=60
-                )
+                command = ["npm", "pack", "--silent", "--fetch-retries=0", spec]
+                subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=60)
             except (subprocess.SubprocessError, OSError): pytest.skip(f"npm cannot fetch {spec}: no network?")
         with tarfile.open(archive) as tar:
             files |= {f"{name}/{m.name.partition('/')[2]}": tar.extractfile(m).read() for m in tar if m.isfile()}

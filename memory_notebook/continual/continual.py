@@ -379,9 +379,11 @@ class _PermutedSettings(NamedTuple):
 
 def _permuted_settings(buffer: int = 200) -> dict[str, _PermutedSettings]:
     "Settings for a buffer of so many samples; mammoth has them for 200, 500 and 5120."
-    if buffer < 500: lr, alpha, beta = 0.1, 1.0, 1.0
-    elif buffer < 5120: lr, alpha, beta = 0.2, 1.0, 0.5
-    else: lr, alpha, beta = 0.2, 0.5, 1.0
+    small = buffer < 500
+    large = buffer >= 5120
+    lr = 0.1 if small else 0.2
+    alpha = 0.5 if large else 1.0
+    beta = 1.0 if small or large else 0.5
     return {
         "none": _PermutedSettings(0.2),
         "joint": _PermutedSettings(0.2, together=True),
