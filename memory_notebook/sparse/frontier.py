@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
-from ..runs import Run, chosen, experiment, over_seeds, sweep_metrics
+from ..runs import Run, chosen, experiment, sweep_metrics
 from .finetuning import SparseFinetuner, add_memory_layers, count_background
 from .host import WarmupCosine, small_gpt2
 from .sparse import value_groups
@@ -264,11 +264,11 @@ def _pretrain(
 # %% ../../nbs/08d_frontier.ipynb #59924c82
 @dataclass(frozen=True)
 class _Method:
-    "One way to teach."
+    "One way to teach. The search for its learning rate starts at `rates`, one for each regime."
     base: Literal["dense", "memory"]
-    sequence: tuple[float, ...]  # learning rates to try when facts come one after the other
-    batches: tuple[float, ...]  # and when they come in mixed batches
-    rule: str = ""  # of `SparseFinetuner`, and SGD; none: AdamW
+    optimizer: Literal["adamw", "sgd"]
+    rates: tuple[float, ...]  # facts in sequence, facts in mixed batches
+    rule: str = ""  # of `SparseFinetuner`; none: plain parameters learn
     part: str = ""  # parameters learn whose name has this in it
     lora: int = 0  # rank of the adapters; 0: none
     replay: int = 0  # old rows, and rows taught earlier, beside each new row
@@ -276,21 +276,23 @@ class _Method:
     t: dict[str, int] = field(default_factory=lambda: {"sequence": 24, "batches": 256})
 
 
-_sgd = (1.0, 2.0, 4.0, 8.0)
-_adam = (1e-5, 3e-5, 1e-4, 1e-3)
-_all = (1e-4, 1e-3)
 _METHODS = {
-    "sparse": _Method("memory", _sgd, (10.0, 30.0, 100.0), rule="tfidf"),
-    "full": _Method("dense", _adam, _all),
-    "lora": _Method("dense", (3e-5, 3e-4, 3e-3), (3e-4, 3e-3), lora=16),
-    "ffn": _Method("dense", _adam, _all, part=".mlp."),
-    "replay": _Method("dense", (3e-4, 1e-3, 3e-3), _all, replay=4),
-    "all_values": _Method("memory", (0.25, 0.5, 1.0, 2.0), (10.0, 30.0), rule="all"),
-    "tf": _Method("memory", (1.0, 4.0), (30.0,), rule="tf"),
-    "random": _Method("memory", (1.0, 4.0), (30.0,), rule="random"),
-    "memory_full": _Method("memory", (1e-4,), (1e-4,)),
-    "sparse_8": _Method("memory", (1.0, 4.0), (), rule="tfidf", t={"sequence": 8}),
-    "sparse_96": _Method("memory", (1.0, 4.0), (), rule="tfidf", t={"sequence": 96}),
+    "sparse": _Method("memory", "sgd", (3, 30), rule="tfidf"),
+    "full": _Method("dense", "adamw", (3e-5, 1e-3)),
+    "lora": _Method("dense", "adamw", (1e-4, 3e-3), lora=16),
+    "ffn": _Method("dense", "adamw", (3e-5, 1e-3), part=".mlp."),
+    "replay": _Method("dense", "adamw", (3e-4, 1e-3), replay=4),
+    "all_values": _Method("memory", "sgd", (1, 10), rule="all"),
+    "tf": _Method("memory", "sgd", (1, 30), rule="tf"),
+    "random": _Method("memory", "sgd", (3, 30), rule="random"),
+    "memory_full": _Method("memory", "adamw", (3e-5, 3e-4)),
+    "sparse_8": _Method("memory", "sgd", (3,), rule="tfidf", t={"sequence": 8}),
+    "sparse_96": _Method("memory", "sgd", (3,), rule="tfidf", t={"sequence": 96}),
+    "sparse_adamw": _Method("memory", "adamw", (1e-2, 1e-2), rule="tfidf"),
+    "all_values_adamw": _Method("memory", "adamw", (1e-3, 1e-2), rule="all"),
+    "full_sgd": _Method("dense", "sgd", (1e-2, 3e-1)),
+    "lora_sgd": _Method("dense", "sgd", (1e-2, 3e-1), lora=16),
+    "memory_full_sgd": _Method("memory", "sgd", (1e-2, 3e-1)),
 }
 
 # %% ../../nbs/08d_frontier.ipynb #a12a5494
@@ -307,17 +309,18 @@ class _Learner:
         self.finetuner = None
         if method.rule:
             self.finetuner = SparseFinetuner(self.model, method.t[regime], method.rule, seed)
-            self.optimizer = torch.optim.SGD(self.finetuner.parameters(), lr)
-            self.finetuner.attach(self.optimizer)
-            return
-        if method.lora:
+        elif method.lora:
             matrices = ["c_attn", "c_proj", "c_fc"]
             how = LoraConfig(r=method.lora, lora_alpha=2 * method.lora, target_modules=matrices, fan_in_fan_out=True)
             self.model = get_peft_model(self.model, how)
         else:
             for name, p in self.model.named_parameters(): p.requires_grad_(method.part in name)
         learns = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(learns, lr, weight_decay=0.0, fused=True)
+        if method.optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(learns, lr)
+        else:
+            self.optimizer = torch.optim.AdamW(learns, lr, weight_decay=0.0, fused=not method.rule)
+        if self.finetuner: self.finetuner.attach(self.optimizer)
 
     def step(self, rows: _Rows) -> float:  # loss
         "One step on one batch."
@@ -394,6 +397,7 @@ def _teach_in_batches(
 
 # %% ../../nbs/08d_frontier.ipynb #ee85c0a8
 _REGIMES: dict[str, Callable] = {"sequence": _teach_in_sequence, "batches": _teach_in_batches}
+_GRID = [float(f"{digit}e{power}") for power in range(-8, 5) for digit in (1, 3)]
 
 
 def _balance(score: dict[str, float]) -> float:
@@ -401,26 +405,18 @@ def _balance(score: dict[str, float]) -> float:
     return 2 * score["new"] * score["old"] / max(score["new"] + score["old"], 1e-9)
 
 
-def _collect(
-    scores: dict[tuple[str, str, float], list[dict]],  # (regime, method, learning rate) -> one score a seed
-) -> dict[str, dict]:
-    "Metrics of all points, `<regime>.<method>.lr<rate>.<score>`, and `<method>.<score>` of its best in sequence."
-    out: dict[str, dict] = {}
-    for name in dict.fromkeys(name for regime, name, _ in scores if regime == "sequence"):
-        best = max((p for p in scores if p[:2] == ("sequence", name)), key=lambda p: _balance(scores[p][0]))
-        out |= {f"{name}.{k}": v for k, v in over_seeds(scores[best]).items()} | {f"{name}.lr": best[2]}
-    for (regime, name, lr), rows in scores.items():
-        out |= {f"{regime}.{name}.lr{lr:g}.{k}": v for k, v in over_seeds(rows).items() if "_after_" not in k}
-    return out
-
-# %% ../../nbs/08d_frontier.ipynb #3aad8afd
-def _best_points(
-    points: list[tuple[str, str, float]],  # (regime, method, learning rate)
-    scores: dict[tuple[str, str, float], list[dict]],  # with those of the first seed
-) -> list[tuple[str, str, float]]:
-    "Of each method and regime the best learning rate."
-    pairs = dict.fromkeys(p[:2] for p in points)
-    return [max((p for p in points if p[:2] == pair), key=lambda p: _balance(scores[p][0])) for pair in pairs]
+def _bracketed_search(
+    score: Callable[[float], dict[str, float]],  # of a learning rate
+    start: float,  # a rate of the grid
+) -> dict[float, dict]:  # every rate tried -> its score; the best one has both neighbours among them
+    "Walk the grid uphill until the best rate lies between two that were tried and are no better."
+    tried = {start: score(start)}
+    while True:
+        best = max(tried, key=lambda lr: _balance(tried[lr]))
+        place = _GRID.index(best)
+        missing = [lr for lr in (_GRID[place - 1], _GRID[place + 1]) if lr not in tried]
+        if not missing: return tried
+        for lr in missing: tried[lr] = score(lr)
 
 # %% ../../nbs/08d_frontier.ipynb #67878a2f
 class _Seed:
@@ -436,34 +432,56 @@ class _Seed:
         checkpoint = self.run.checkpoint(f"{base}-seed{self.seed}")
         return _pretrain(self.world, base, self.seed, device=self.device, checkpoint=checkpoint)
 
-    def before(self, base: str) -> dict[str, float]: return _examine(self.model(base), self.world)
+    def before(self, base: str) -> dict[str, float]:
+        "What a model knows before it is taught."
+        examine = lambda: _examine(self.model(base), self.world)
+        return self.run.unit(f"before-{base}-seed{self.seed}", examine)
 
     def teach(self, regime: str, name: str, lr: float) -> dict[str, float]:
+        "Teach a copy of the model, and examine it."
         method = _METHODS[name]
-        return _REGIMES[regime](self.model(method.base), self.world, method, lr, seed=self.seed)
+        teach = lambda: _REGIMES[regime](self.model(method.base), self.world, method, lr, seed=self.seed)
+        return self.run.unit(f"{regime}-{name}-lr{lr:g}-seed{self.seed}", teach)
 
 # %% ../../nbs/08d_frontier.ipynb #dc377654
-@experiment("frontier", help="teach new facts in ten ways and count what is forgotten")
+def _search_rates(
+    this: _Seed,  # a world that is only searched in
+    names: list[str],  # of methods
+) -> tuple[dict[tuple[str, str], float], dict[str, float]]:  # (regime, method) -> best rate, all scores
+    "The best learning rate of each method in each regime, and what was found at all rates tried."
+    best = {}
+    found = {}
+    for place, regime in enumerate(_REGIMES):
+        for name in names:
+            if place >= len(_METHODS[name].rates): continue
+            tried = _bracketed_search(partial(this.teach, regime, name), float(_METHODS[name].rates[place]))
+            best[regime, name] = max(tried, key=lambda lr: _balance(tried[lr]))
+            for lr, score in tried.items():
+                found |= {f"search.{regime}.{name}.lr{lr:g}.{k}": v for k, v in score.items() if "_after_" not in k}
+    return best, found
+
+
+@experiment("frontier", help="teach new facts in sixteen ways and count what is forgotten")
 def frontier(run: Run, *,
     method: tuple[str, ...] = ("all",),  # by name
     seeds: int = 3,
+    search_seed: int = 1000,  # of the world in which learning rates are chosen
     known: int = 600,  # people
     new: int = 100,
     device: str = "auto",
 ) -> dict:
-    "`<method>.new`, `.unseen`, `.old`, `.copies` for the best rate in sequence; all in `<regime>.<method>.lr<rate>`."
+    "`<method>.<new|unseen|old|copies|lr>` in sequence, `batches.<method>.<same>`, `search.<regime>.<method>.lr<rate>`."
     names = chosen(method, _METHODS, "method")
-    points = [(regime, name, lr) for regime in _REGIMES for name in names for lr in getattr(_METHODS[name], regime)]
-    scores = {p: [] for p in points}
-    before = {"before.dense": [], "before.memory": []}
+    best, found = _search_rates(_Seed(run, search_seed, known, new, device), names)
+    scores: dict[str, list] = {}
     for seed in range(seeds):
         this = _Seed(run, seed, known, new, device)
-        for base in ("dense", "memory"):
-            before[f"before.{base}"].append(run.unit(f"before-{base}-seed{seed}", partial(this.before, base)))
-        for regime, name, lr in points if seed == 0 else _best_points(points, scores):
-            teach = partial(this.teach, regime, name, lr)
-            scores[regime, name, lr].append(run.unit(f"{regime}-{name}-lr{lr:g}-seed{seed}", teach))
-    return _collect(scores) | sweep_metrics(before)
+        for base in ("dense", "memory"): scores.setdefault(f"before.{base}", []).append(this.before(base))
+        for (regime, name), lr in best.items():
+            key = name if regime == "sequence" else f"{regime}.{name}"
+            scores.setdefault(key, []).append(this.teach(regime, name, lr))
+    rates = {f"{name}.lr" if regime == "sequence" else f"{regime}.{name}.lr": lr for (regime, name), lr in best.items()}
+    return sweep_metrics(scores) | rates | found
 
 # %% ../../nbs/08d_frontier.ipynb #1513cd0c
 _COLOURS = {
