@@ -456,11 +456,11 @@ def frontier(run: Run, *,
     points = [(regime, name, lr) for regime in _REGIMES for name in names for lr in getattr(_METHODS[name], regime)]
     scores = {p: [] for p in points}
     before = {"before.dense": [], "before.memory": []}
-    for seed in range(seeds):
+    for seed in run.seeds(seeds):
         this = _Seed(run, seed, known, new, device)
         for base in ("dense", "memory"):
             before[f"before.{base}"].append(run.unit(f"before-{base}-seed{seed}", partial(this.before, base)))
-        for regime, name, lr in points if seed == 0 else _best_points(points, scores):
+        for regime, name, lr in points if seed == run.seed else _best_points(points, scores):
             teach = partial(this.teach, regime, name, lr)
             scores[regime, name, lr].append(run.unit(f"{regime}-{name}-lr{lr:g}-seed{seed}", teach))
     return _collect(scores) | sweep_metrics(before)
