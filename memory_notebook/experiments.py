@@ -438,6 +438,7 @@ def _explain(
         again = shlex.join(["memory_notebook", *(a for a in argv if a != "--resume"), "--resume"])
         return 130, f"stopped; what is finished is kept in {e}, and this goes on from there: {again}"
     if isinstance(e, ValueError) and _by_us(e): return 2, f"{e} (--debug shows where)"
+    if isinstance(e, ModuleNotFoundError) and "memory_notebook[" in str(e): return 1, str(e)  # an extra is missing
     if isinstance(e, (OSError, FloatingPointError)) or type(e).__module__.startswith("memory_notebook."):
         return 1, str(e)
     return None

@@ -157,21 +157,26 @@ def _spread(values: list[float]) -> dict[str, Any]:
 
 
 def chosen(
-    given: str | Iterable[str],  # names; "all" stands for all of them
+    given: str | type | Iterable[str | type],  # names, in any case, or classes of that name; "all": all of them
     known: Iterable[str],  # the names there are
     what: str,  # what they name, for the message: "method", "read"
 ) -> list[str]:
     "The names that were asked for; an unknown one raises `ValueError` and suggests the nearest."
     known = list(known)
-    given = [given] if isinstance(given, str) else list(given)
-    if "all" in given: return known
+    alike = {name.lower(): name for name in known}
+    given = [given] if not isinstance(given, Iterable) or isinstance(given, (str, type)) else list(given)
+    found = []
     for name in given:
-        if name in known: continue
-        near = difflib.get_close_matches(str(name), known, 1)
-        guess = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"no {what} is called {name!r}{guess}: choose from all, {', '.join(known)}")
-    if not given: raise ValueError(f"no {what} is named: choose from all, {', '.join(known)}")
-    return given
+        if name is None: continue
+        name = name.__name__ if isinstance(name, type) else str(name)
+        if name == "all": return known
+        near = difflib.get_close_matches(name.lower(), alike, 1)
+        guess = f" (did you mean {alike[near[0]]!r}?)" if near else ""
+        if name.lower() not in alike:
+            raise ValueError(f"no {what} is called {name!r}{guess}: choose from all, {', '.join(known)}")
+        found.append(name if name in known else alike[name.lower()])
+    if not found: raise ValueError(f"no {what} is named: choose from all, {', '.join(known)}")
+    return found
 
 # %% ../nbs/00c_runs.ipynb #0fd1b353
 def sweep(
@@ -359,12 +364,14 @@ def save_result(result: dict, path: str | Path) -> None:
 def load_result(
     name: str,  # experiment, or "bench-..." for a benchmark
 ) -> dict[str, Any]:
-    "Read a result that the book keeps in nbs/results, from the notebook's folder or the project's root."
+    "Read a result of the book: from the checkout that the notebook lies in, else the one that came with the package."
     here = Path.cwd()
-    for folder in (p / sub for p in (here, *here.parents) for sub in ("results", "nbs/results")):
+    package = Path(memory_notebook.__file__).parent
+    folders = [p / sub for p in (here, *here.parents) for sub in ("results", "nbs/results")]
+    for folder in (*folders, package / "results", package.parent / "nbs/results"):
         if (file := folder / f"{name}.json").is_file(): return json.loads(file.read_text())
     raise FileNotFoundError(
-        f"no results/{name}.json at or above {here}: run `memory_notebook run {name}` in a checkout of the book"
+        f"no {name}.json in the book's results, nor at or above {here}: `memory_notebook run {name}` makes one"
     )
 
 # %% ../nbs/00c_runs.ipynb #1c398b5d

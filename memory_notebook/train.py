@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['write_atomic', 'save_checkpoint', 'load_checkpoint', 'rng_state', 'set_rng_state', 'loader', 'Callback', 'History',
-           'accuracy', 'default_step', 'evaluate', 'Loop', 'EarlyStop', 'pick_device', 'progress_bar', 'fit',
-           'MemoryTrainer']
+           'accuracy', 'default_step', 'evaluate', 'Loop', 'EarlyStop', 'pick_device', 'progress_bar',
+           'checked_optimizer', 'fit', 'MemoryTrainer']
 
 # %% ../nbs/00b_train.ipynb #03db8f71
 import json
@@ -18,13 +18,10 @@ from collections import namedtuple
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Literal
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Literal
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import find_batch_size, gather_object, send_to_device
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -32,6 +29,9 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 from tqdm.auto import tqdm
 
 from .core import patch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # an extra, [train]: checkpoints and devices need none
 
 # %% ../nbs/00b_train.ipynb #3e04558c
 def _pack(
@@ -213,6 +213,7 @@ def default_step(model: nn.Module, batch: tuple, loss_fn: Callable) -> tuple[Ten
 
 def _samples(batch: Any) -> int:
     "How many samples a batch holds: as many as its target, or, if it is no tuple, as its first tensor."
+    from accelerate.utils import find_batch_size
     last = batch[-1] if isinstance(batch, (tuple, list)) and batch else None
     n = len(last) if hasattr(last, "__len__") and not isinstance(last, Mapping) else find_batch_size(batch)
     if n is None: raise TypeError(f"no tensor in a batch, which is a {type(batch).__name__}: cannot count its samples")
@@ -237,6 +238,8 @@ def evaluate(
     step: Callable = default_step,
 ) -> dict[str, float]:  # "loss" and the metrics, means over samples
     "Measure a model without changing it; its training mode is put back."
+    if device is not None:
+        from accelerate.utils import send_to_device
     was_training = model.training
     total = {}
     count = 0
@@ -259,7 +262,7 @@ class Loop:
         model: nn.Module,
         train: Iterable,
         optimizer: torch.optim.Optimizer,
-        accelerator: Accelerator,
+        accelerator: "Accelerator",
         bar: tqdm,
         *,
         loss_fn: Callable,
@@ -340,6 +343,7 @@ def run_epoch(self: Loop) -> None:
 @patch
 def run_step(self: Loop) -> None:
     "One batch: loss, gradients, step."
+    from accelerate.utils import send_to_device
     self.batch = send_to_device(self.batch, self.accelerator.device)
     self.call("before_step")
     self.optimizer.zero_grad(set_to_none=True)
@@ -408,6 +412,7 @@ def _setup(loop: Loop) -> dict[str, Any]:
 def _save(loop: Loop) -> None:
     "Write the whole state of a training, if a checkpoint file was asked for."
     if loop.checkpoint is None: return
+    from accelerate.utils import gather_object
     rngs = gather_object([(loop.epoch_rng, rng_state(loop.train_loader))])  # one pair a process
     if loop.accelerator.is_main_process:
         save_checkpoint(
@@ -502,11 +507,13 @@ def pick_device(
 def _accelerator(
     device: str | torch.device = "auto",
     precision: Literal["no", "fp16", "bf16"] = "no",  # mixed precision
-) -> Iterator[Accelerator]:
+) -> Iterator["Accelerator"]:
     "An accelerator for one training. Its settings are global: those of a training around this one are put back."
     if precision not in ("no", "fp16", "bf16"):
         raise ValueError(f"precision is {precision!r}: choose 'no', 'fp16' or 'bf16'")
     device = pick_device(device)
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     around = dict(AcceleratorState._shared_state)
     AcceleratorState._reset_state()
     if device.type == "cuda" and device.index: torch.cuda.set_device(device)
@@ -531,12 +538,27 @@ def progress_bar(
     "A tqdm bar that keeps quiet where nobody watches."
     return tqdm(total=total, desc=label, leave=False, disable=not (_watched() if show is None else show))
 
+# %% ../nbs/00b_train.ipynb #fccd85f5
+def checked_optimizer(
+    optimizer: torch.optim.Optimizer | Callable,  # or a class or function: parameters -> optimizer
+    model: nn.Module,
+) -> torch.optim.Optimizer:
+    "An optimizer of this network. One that would move nothing of it raises `ValueError`, a name raises `TypeError`."
+    if callable(optimizer) and not hasattr(optimizer, "step") or isinstance(optimizer, type):
+        optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"optimizer is {optimizer!r}: expected one of torch, as torch.optim.Adam(model.parameters())")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(p) in held for p in model.parameters()):
+        raise ValueError("the optimizer holds no parameter of this network: make it from model.parameters()")
+    return optimizer
+
 # %% ../nbs/00b_train.ipynb #386fdfee
 def fit(
     model: nn.Module,
     train: Iterable,  # a DataLoader or any re-iterable of tuples (*inputs, target), or of what `step` takes
     *,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Callable,  # or a class or function: parameters -> optimizer
     loss_fn: Callable = nn.functional.mse_loss,  # (output, target) -> mean loss
     epochs: int = 1,
     val: Iterable | None = None,  # measured after every epoch
@@ -556,6 +578,9 @@ def fit(
     if epochs < 1: raise ValueError(f"epochs is {epochs}: expected at least 1")
     if hasattr(train, "__next__"):
         raise TypeError("the training data can be walked through only once: give a DataLoader or a list of batches")
+    optimizer = checked_optimizer(optimizer, model)
+    if not callable(loss_fn): raise TypeError(f"loss_fn is {loss_fn!r}: expected a function (output, target) -> loss")
+    if patience and val is None: raise ValueError("nothing called 'val_loss' to watch: patience needs val=")
     callbacks = [*callbacks, *([EarlyStop(patience)] if patience else [])]
     with _accelerator(device, precision) as accelerator:
         ready, opt = accelerator.prepare(model, optimizer)
