@@ -7,7 +7,8 @@ from setuptools import find_packages, setup
 parser = ConfigParser(delimiters=["="], interpolation=None)
 parser.read("settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("dev", "bench", "scale")}
+names = ("train", "language", "live", "real", "bench", "scale", "dev")
+extras = {name: cfg[f"{name}_requirements"].split() for name in names}
 
 setup(
     name=cfg["lib_name"],
@@ -20,7 +21,10 @@ setup(
     url=f"https://github.com/{cfg['user']}/{cfg['repo']}",
     license="Apache-2.0",
     keywords=cfg["keywords"],
-    packages=find_packages(include=["memory_notebook", "memory_notebook.*"]),
+    # The book's numbers travel with the package: `load_result("agent")` finds them in an installed wheel.
+    packages=[*find_packages(include=["memory_notebook", "memory_notebook.*"]), "memory_notebook.results"],
+    package_dir={"memory_notebook.results": "nbs/results"},
+    package_data={"memory_notebook.results": ["*.json"]},
     include_package_data=True,
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),

@@ -25,7 +25,16 @@ import typer
 from typer.core import TyperGroup
 
 import memory_notebook
-from .runs import REGISTRY, experiment, metrics_table, run_experiment, save_result, text_table
+from memory_notebook.runs import (
+    REGISTRY,
+    Experiment,
+    experiment,
+    merge_results,
+    metrics_table,
+    run_experiment,
+    save_result,
+    text_table,
+)
 
 # %% ../nbs/12_experiments.ipynb #d1b90633
 class Chapter(NamedTuple):
@@ -192,14 +201,14 @@ def _shown(value: Any) -> str:
     return str(value)
 
 
-def settings(fn) -> list[Setting]:
-    "What an experiment can be told, read from its signature."
-    hints = get_type_hints(fn)
-    comments = dict(reversed(re.findall(r"^\s*(\w+)\s*:[^#\n]*#\s*(.+)$", inspect.getsource(fn), re.M)))
-    _, *options = inspect.signature(fn).parameters.items()  # the first is the run
+def settings(exp: Experiment) -> list[Setting]:
+    "What an experiment can be told, read from its signature; with `seeds` comes `seed`, which says where they begin."
+    hints = get_type_hints(exp.fn) | {"seed": int}
+    found = re.findall(r"^\s*(\w+)\s*:[^#\n]*#\s*(.+)$", inspect.getsource(exp.fn), re.M)
+    comments = {"seeds": "how many seeds", "seed": "the first seed"} | dict(reversed(found))
     return [
-        Setting(name, _type_name(hints.get(name, str)), _shown(p.default), comments.get(name, ""))
-        for name, p in options
+        Setting(name, _type_name(hints.get(name, str)), _shown(default), comments.get(name, ""))
+        for name, default in exp.config().items()
     ]
 
 # %% ../nbs/12_experiments.ipynb #8035b5e0
@@ -215,8 +224,6 @@ def _configure(exp, given: dict[str, Any]) -> dict[str, Any]:
     from memory_notebook.train import pick_device
     try:
         config = exp.config(**{k: v for k, v in given.items() if v is not None})
-        if isinstance(n := config.get("seeds"), int) and n < 1:
-            raise ValueError(f"option seeds={n}: expected at least 1")
         if "device" in config: pick_device(config["device"])
     except (ValueError, RuntimeError) as e:
         raise _Usage(f"{e}; `memory_notebook list {exp.name}` shows the options") from e
@@ -224,7 +231,7 @@ def _configure(exp, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _kept(exp, config: dict[str, Any]) -> Path:
-    "The file in nbs/results for a result; data sets other than the default have their own."
+    "The file in nbs/results for a result; data sets other than the default have their own, and so have new seeds."
     here = Path.cwd()
     root = next((p for p in (here, *here.parents) if (p / "settings.ini").is_file() and (p / "nbs").is_dir()), None)
     if root is None:
@@ -232,6 +239,7 @@ def _kept(exp, config: dict[str, Any]) -> Path:
             f"--save keeps a result in a checkout of the book, and there is none at or above {here}: leave it out"
         )
     other = [config["data"]] if "data" in config and config["data"] != exp.config()["data"] else []
+    if config.get("seed") != exp.config().get("seed"): other.append("new-seeds")
     return root / "nbs" / "results" / ("-".join([_title(exp), *other]) + ".json")
 
 # %% ../nbs/12_experiments.ipynb #5716618e
@@ -253,7 +261,7 @@ def execute(
     out: Path = typer.Option(Path("runs"), metavar="PATH", help="results go to OUT/NAME/TIME"),
     threads: int = typer.Option(1, help="processor threads; networks this small lose time to a second one"),
     resume: bool = typer.Option(
-        False, "--resume", help="go on with the newest unfinished run of the same configuration"
+        False, "--resume", help="go on with the newest run of the same settings; what is done for a seed is used again"
     ),
     as_json: bool = typer.Option(False, "--json", help="print the result as JSON and nothing else"),
     save: bool = typer.Option(False, "--save", help="also keep the result in nbs/results, in a checkout of the book"),
@@ -296,7 +304,7 @@ def _parameter(s: Setting) -> inspect.Parameter:
 
 def command_of(key: str):  # -> typer.core.TyperCommand
     "The shell command of an entry: its own options, and those of `execute`."
-    own = settings(load(key).fn)
+    own = settings(load(key))
     shared = [p for p in inspect.signature(execute).parameters.values() if p.kind is p.KEYWORD_ONLY]
     def command(**typed): execute(key, {s.name: typed.pop(s.name) for s in own}, **typed)
     command.__signature__ = inspect.Signature([*map(_parameter, own), *shared])
@@ -351,7 +359,7 @@ def _show_list(
     "`memory_notebook list`: names and help lines, or the options of one name."
     keys = _find(name) if name else list(CHAPTERS)
     rows = [{"name": k.split(":")[1], "kind": k.split(":")[0], "help": CHAPTERS[k].help} for k in keys]
-    if name: rows = [r | {"options": [s._asdict() for s in settings(load(k).fn)]} for k, r in zip(keys, rows)]
+    if name: rows = [r | {"options": [s._asdict() for s in settings(load(k))]} for k, r in zip(keys, rows)]
     if as_json: return print(json.dumps(rows, indent=1))
     for kind, verb in (("experiment", "run"), ("benchmark", "bench")):
         some = [r for r in rows if r["kind"] == kind]
@@ -382,6 +390,19 @@ def _show_data(
     if as_json: print(json.dumps(rows, indent=1, ensure_ascii=False))
     elif name: print(text_table([[k, plain(k, v)] for k, v in rows[0].items()]))
     else: print(data.describe())
+
+# %% ../nbs/12_experiments.ipynb #fa6adc25
+@_app.command("merge", help="Make one result of several: other methods, or other seeds, of one experiment.")
+def _merge(
+    files: list[Path] = typer.Argument(..., help="result.json of each run"),
+    out: Path = typer.Option(..., metavar="FILE", help="where the whole is written"),
+) -> None:
+    "`memory_notebook merge`: results of several runs in one file."
+    try: whole = merge_results(*(json.loads(f.read_text(encoding="utf-8")) for f in files))
+    except (json.JSONDecodeError, KeyError) as e:
+        raise _Usage(f"one of the files is not a result of `memory_notebook run`: {e!r}") from e
+    save_result(whole, out)
+    print(f"{out}: {len(files)} results, {len(whole['metrics'])} metrics, seeds {_shown(whole['seeds'])}")
 
 # %% ../nbs/12_experiments.ipynb #a5c0ffe2
 @_app.command("chat-memory", help="Talk to a language model that learns facts: learn, ask, list, forget, save.")
@@ -417,6 +438,7 @@ def _explain(
         again = shlex.join(["memory_notebook", *(a for a in argv if a != "--resume"), "--resume"])
         return 130, f"stopped; what is finished is kept in {e}, and this goes on from there: {again}"
     if isinstance(e, ValueError) and _by_us(e): return 2, f"{e} (--debug shows where)"
+    if isinstance(e, ModuleNotFoundError) and "memory_notebook[" in str(e): return 1, str(e)  # an extra is missing
     if isinstance(e, (OSError, FloatingPointError)) or type(e).__module__.startswith("memory_notebook."):
         return 1, str(e)
     return None

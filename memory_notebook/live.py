@@ -90,7 +90,7 @@ def _ipywidgets() -> Any:
     try:
         import ipywidgets
     except ImportError:
-        raise ImportError("live experiments need ipywidgets: pip install ipywidgets") from None
+        raise ImportError("live experiments need ipywidgets: pip install 'memory_notebook[live]'") from None
     return ipywidgets
 
 

@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['REGISTRY', 'Run', 'Experiment', 'experiment', 'benchmark', 'over_seeds', 'chosen', 'sweep', 'sweep_metrics',
-           'run_experiment', 'save_result', 'load_result', 'text_table', 'number', 'metrics_table', 'markdown_table',
-           'race', 'peak_mb', 'cpu_seconds']
+           'wilson_interval', 'with_interval', 'run_experiment', 'save_result', 'load_result', 'merge_results',
+           'text_table', 'number', 'metrics_table', 'markdown_table', 'race', 'peak_mb', 'cpu_seconds']
 
 # %% ../nbs/00c_runs.ipynb #6ac7dadc
 import difflib
 import inspect
 import json
+import math
 import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,19 +40,31 @@ class Run:
     log: Callable[[str], None] = lambda text: None  # where progress lines go
     figures: dict[str, Any] = field(default_factory=dict)  # name -> matplotlib figure
     before_s: float = 0.0  # seconds spent on units by earlier attempts
+    seed: int = 0  # the first seed
+    origin: dict[str, Any] = field(default_factory=dict)  # commit, machine, versions and config of this attempt
+    earlier: list[Path] = field(default_factory=list)  # folders of runs whose units may be used again
+    origins: dict[str, dict] = field(default_factory=dict)  # unit -> the origin of the attempt that did it
+
+    def seeds(self, count: int) -> range:
+        "The seeds of this run: so many, from the first."
+        return range(self.seed, self.seed + count)
 
     def unit(self, key: str, fn: Callable[[], dict]) -> dict:
         "Do a part once: a resumed run reads what an earlier attempt has stored. The result must be plain JSON."
         path = self.out and self.out / "units" / f"{key}.json"
-        if path and path.is_file():
-            done = json.loads(path.read_text())
+        stored = [p for p in (path, *(old / "units" / f"{key}.json" for old in self.earlier)) if p and p.is_file()]
+        if stored:
+            done = json.loads(stored[0].read_text())
+            if stored[0] != path: _plain(path, done)
             self.before_s += done["seconds"]
+            self.origins[key] = done.get("origin", {})
             self.log(f"{key}: done before")
             return done["result"]
         start = time.perf_counter()
         result = fn()
         seconds = time.perf_counter() - start
-        if path: _plain(path, {"result": result, "seconds": seconds})
+        self.origins[key] = self.origin
+        if path: _plain(path, {"result": result, "seconds": seconds, "origin": self.origin})
         self.log(f"{key}: {seconds:.1f} s")
         return json.loads(json.dumps(result))
 
@@ -77,12 +91,16 @@ class Experiment:
 
     def config(self, **given: Any) -> dict[str, Any]:
         "Defaults updated by what is given; strings, as they come from a command line, become the declared types."
-        hints = get_type_hints(self.fn)
+        hints = get_type_hints(self.fn) | {"seed": int}
         known = {n: p.default for n, p in list(inspect.signature(self.fn).parameters.items())[1:]}
+        if "seeds" in known: known.setdefault("seed", 0)  # the first of them, which the run knows
         for name, value in given.items():
             if name not in known:
                 raise ValueError(f"{self.name} has no option {name!r}: choose from {', '.join(known)}")
             known[name] = _convert(value, hints.get(name, str), name)
+        for name, least in (("seeds", 1), ("seed", 0)):
+            if isinstance(n := known.get(name), int) and n < least:
+                raise ValueError(f"option {name}={n}: {name} must be at least {least}")
         return known
 
 
@@ -129,41 +147,48 @@ def over_seeds(
 ) -> dict[str, dict]:  # name -> {"mean", "std" (of the sample), "values"}
     "Collect the metrics of several seeds."
     if not rows: raise ValueError("no seed was run: seeds must be at least 1")
-    columns = {k: [float(r[k]) for r in rows] for k in rows[0]}
-    return {
-        k: {"mean": statistics.fmean(v), "std": statistics.stdev(v) if len(v) > 1 else 0.0, "values": v}
-        for k, v in columns.items()
-    }
+    return {k: _spread([float(r[k]) for r in rows]) for k in rows[0]}
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    "Mean and standard deviation of the values of several seeds."
+    std = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "std": std, "values": values}
 
 
 def chosen(
-    given: str | Iterable[str],  # names; "all" stands for all of them
+    given: str | type | Iterable[str | type],  # names, in any case, or classes of that name; "all": all of them
     known: Iterable[str],  # the names there are
     what: str,  # what they name, for the message: "method", "read"
 ) -> list[str]:
     "The names that were asked for; an unknown one raises `ValueError` and suggests the nearest."
     known = list(known)
-    given = [given] if isinstance(given, str) else list(given)
-    if "all" in given: return known
+    alike = {name.lower(): name for name in known}
+    given = [given] if not isinstance(given, Iterable) or isinstance(given, (str, type)) else list(given)
+    found = []
     for name in given:
-        if name in known: continue
-        near = difflib.get_close_matches(str(name), known, 1)
-        guess = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"no {what} is called {name!r}{guess}: choose from all, {', '.join(known)}")
-    if not given: raise ValueError(f"no {what} is named: choose from all, {', '.join(known)}")
-    return given
+        if name is None: continue
+        name = name.__name__ if isinstance(name, type) else str(name)
+        if name == "all": return known
+        near = difflib.get_close_matches(name.lower(), alike, 1)
+        guess = f" (did you mean {alike[near[0]]!r}?)" if near else ""
+        if name.lower() not in alike:
+            raise ValueError(f"no {what} is called {name!r}{guess}: choose from all, {', '.join(known)}")
+        found.append(name if name in known else alike[name.lower()])
+    if not found: raise ValueError(f"no {what} is named: choose from all, {', '.join(known)}")
+    return found
 
 # %% ../nbs/00c_runs.ipynb #0fd1b353
 def sweep(
     run: Run,
     names: Iterable[str],  # what is compared: methods, machines, reads
-    seeds: int,  # how many, from 0
+    seeds: int,  # how many, from the first seed of the run
     once: Callable[[str, int], dict],  # (name, seed) -> flat metrics, plain JSON
 ) -> dict[str, list[dict]]:  # name -> the metrics of each seed
     "Do everything for one seed, then for the next; each unit is done once, also when the run is killed and resumed."
     names = list(names)
     rows = {name: [] for name in names}
-    for seed in range(seeds):
+    for seed in run.seeds(seeds):
         for name in names: rows[name].append(run.unit(f"{name}-seed{seed}", partial(once, name, seed)))
     return rows
 
@@ -173,6 +198,31 @@ def sweep_metrics(
 ) -> dict[str, dict]:  # "<name>.<metric>" -> {"mean", "std", "values"}
     "The metrics of a sweep under dotted names, over its seeds."
     return {f"{name}.{k}": v for name, of_seeds in rows.items() for k, v in over_seeds(of_seeds).items()}
+
+# %% ../nbs/00c_runs.ipynb #2516cd5f
+def wilson_interval(
+    share: float,  # of right answers, 0 to 1
+    questions: int,  # asked, each counted once
+    level: float = 0.95,
+) -> tuple[float, float]:  # the lowest and the highest true share that agree with it
+    "Confidence interval of a share of questions (Wilson 1927)."
+    if questions < 1: raise ValueError(f"questions is {questions}: expected at least 1")
+    if not 0 <= share <= 1: raise ValueError(f"share is {share}: expected a number from 0 to 1")
+    if not 0 < level < 1: raise ValueError(f"level is {level}: expected a number between 0 and 1")
+    z = statistics.NormalDist().inv_cdf((1 + level) / 2)
+    middle = share + z * z / (2 * questions)
+    half = z * math.sqrt(share * (1 - share) / questions + (z / (2 * questions)) ** 2)
+    scale = 1 + z * z / questions
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+def with_interval(
+    metric: float | dict,  # a share, or {"mean", "std", "values"} over seeds
+    questions: int,  # different questions behind it: of all seeds together, or of one if each seed asks the same
+) -> dict[str, Any]:  # {"mean", "std", "values", "interval": [low, high]}
+    "A share of questions with its Wilson interval, which the tables show beside the standard deviation over seeds."
+    metric = metric if isinstance(metric, dict) else _spread([metric])
+    return metric | {"interval": list(wilson_interval(metric["mean"], questions))}
 
 # %% ../nbs/00c_runs.ipynb #ff1e608c
 def _machine() -> dict[str, Any]:
@@ -193,16 +243,16 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
-    "The git commit of the package, with '+' if there are uncommitted changes; None outside a checkout."
-    git = lambda *a: subprocess.run(
-        ["git", *a], cwd=Path(memory_notebook.__file__).parent, capture_output=True, text=True
-    )
-    try: head = git("rev-parse", "--short=12", "HEAD")
+def _commit(
+    folder: Path = Path(memory_notebook.__file__).parent,  # of the package
+) -> str | None:
+    "The commit of the package, with `+dirty` where files are changed; None where git does not keep the package."
+    git = lambda *a: subprocess.run(["git", *a], cwd=folder, capture_output=True, text=True)
+    try: kept = git("ls-files", "--error-unmatch", "__init__.py")  # a virtual environment may lie in another repository
     except OSError: return None
-    if head.returncode != 0: return None
+    if kept.returncode != 0: return None
     changed = git("status", "--porcelain", ".").stdout.strip()
-    return head.stdout.strip() + ("+" if changed else "")
+    return git("rev-parse", "--short=12", "HEAD").stdout.strip() + ("+dirty" if changed else "")
 
 # %% ../nbs/00c_runs.ipynb #f38665b9
 def _versions() -> dict[str, str]:
@@ -217,32 +267,61 @@ def _versions() -> dict[str, str]:
     }
 
 # %% ../nbs/00c_runs.ipynb #6814eaef
-def _run_folder(root: Path, config: dict, resume: bool) -> Path:
-    "The newest unfinished run with this configuration if it is to be resumed, else a new folder named by the time."
+def _unseeded(config: dict) -> dict:
+    "A configuration as JSON keeps it, without its seeds."
+    return json.loads(json.dumps({k: v for k, v in config.items() if k not in ("seed", "seeds")}))
+
+
+def _run_folder(
+    root: Path,
+    config: dict,
+    resume: bool,
+) -> tuple[Path, list[Path]]:  # the folder of this run; the other runs with these settings, the newest first
+    "The newest unfinished run with these settings if it is to be resumed, else a new folder named by the time."
     try:
         root.mkdir(parents=True, exist_ok=True)
+        alike = []
         for old in sorted(root.iterdir(), reverse=True) if resume else ():
-            done = (old / "result.json").is_file()
             file = old / "config.json"
-            if not done and file.is_file() and json.loads(file.read_text()) == json.loads(json.dumps(config)):
-                return old
+            if file.is_file() and _unseeded(json.loads(file.read_text())) == _unseeded(config): alike.append(old)
         stamp = time.strftime("%Y%m%d-%H%M%S")
         names = [stamp, *(f"{stamp}-{i}" for i in range(1, 1000))]
         new = next(root / name for name in names if not (root / name).exists())
-        new.mkdir()
-        _plain(new / "config.json", config)
-        return new
+        folder = next((old for old in alike if not (old / "result.json").is_file()), new)
+        folder.mkdir(exist_ok=True)
+        _plain(folder / "config.json", config)
+        return folder, [old for old in alike if old != folder]
     except OSError as e:
         raise OSError(f"cannot write results into {root}: {e.strerror or e}: choose another folder with --out") from e
+
+# %% ../nbs/00c_runs.ipynb #86c85b9e
+def _grouped(
+    origins: dict[str, dict],  # unit -> commit, machine, versions and config
+) -> list[dict]:  # one an origin, with the names of its units
+    "Which units come from where."
+    groups = []
+    for unit, origin in origins.items():
+        known = next((g for g in groups if {k: g[k] for k in g if k != "units"} == origin), None)
+        if known is None:
+            known = origin | {"units": []}
+            groups.append(known)
+        known["units"].append(unit)
+    return groups
+
+
+def _commits(groups: list[dict]) -> str | None:
+    "The commits of all groups, each once; None if there is none."
+    commits = list(dict.fromkeys(g.get("commit") for g in groups))
+    return None if commits == [None] else ", ".join(c or "unknown" for c in commits)
 
 # %% ../nbs/00c_runs.ipynb #e78e4a22
 def run_experiment(
     name: str | Callable,  # a registered name ("benchmark:replay" for a benchmark), or the function itself
     out: str | Path | None = "runs",  # results go to <out>/<name>/<time>/; None writes nothing
-    resume: bool = False,  # continue the newest unfinished run with the same configuration
+    resume: bool = False,  # go on with the newest unfinished run with these settings; use the units of finished ones
     log: Callable[[str], None] = lambda text: None,  # receives progress lines
-    **config: Any,  # the experiment's own options
-) -> dict[str, Any]:  # experiment, config, seeds, metrics, versions, commit, machine, wall_s
+    **config: Any,  # the experiment's own options; and `seed`, the first seed, where it has `seeds`
+) -> dict[str, Any]:  # experiment, config, seeds, metrics, versions, commit, machine, wall_s, provenance
     "Run an experiment and write down what it did."
     if callable(name): exp = next((e for e in REGISTRY.values() if e.fn is name), Experiment(name.__name__, name, ""))
     else: exp = REGISTRY.get(name) or REGISTRY.get(f"experiment:{name}")
@@ -252,19 +331,24 @@ def run_experiment(
         )
     config = exp.config(**config)
     title = exp.name if exp.kind == "experiment" else f"bench-{exp.name}"
-    run = Run(None if out is None else _run_folder(Path(out) / title, config, resume), log)
+    folder, earlier = (None, []) if out is None else _run_folder(Path(out) / title, config, resume)
+    origin = {"commit": _commit(), "machine": _machine(), "versions": _versions(), "config": _unseeded(config)}
+    run = Run(folder, log, seed=config.get("seed", 0), origin=origin, earlier=earlier)
+    own = inspect.signature(exp.fn).parameters
     start = time.perf_counter()
-    metrics = exp.fn(run, **config)
-    seeds = config.get("seeds", 1)
+    metrics = exp.fn(run, **{k: v for k, v in config.items() if k in own})
+    seconds = time.perf_counter() - start
+    groups = _grouped(run.origins) or [origin | {"units": []}]
     result = {
         "experiment": title,
         "config": config,
-        "seeds": list(range(seeds)) if isinstance(seeds, int) else list(seeds),
+        "seeds": list(run.seeds(config.get("seeds", 1))),
         "metrics": metrics,
-        "versions": _versions(),
-        "commit": _commit(),
-        "machine": _machine(),
-        "wall_s": round(time.perf_counter() - start + run.before_s, 2),
+        "versions": origin["versions"],
+        "commit": _commits(groups),
+        "machine": origin["machine"],
+        "wall_s": round(seconds + run.before_s, 2),
+        "provenance": groups,
     }
     if run.out:
         _plain(run.out / "result.json", result)
@@ -280,13 +364,60 @@ def save_result(result: dict, path: str | Path) -> None:
 def load_result(
     name: str,  # experiment, or "bench-..." for a benchmark
 ) -> dict[str, Any]:
-    "Read a result that the book keeps in nbs/results, from the notebook's folder or the project's root."
+    "Read a result of the book: from the checkout that the notebook lies in, else the one that came with the package."
     here = Path.cwd()
-    for folder in (p / sub for p in (here, *here.parents) for sub in ("results", "nbs/results")):
+    package = Path(memory_notebook.__file__).parent
+    folders = [p / sub for p in (here, *here.parents) for sub in ("results", "nbs/results")]
+    for folder in (*folders, package / "results", package.parent / "nbs/results"):
         if (file := folder / f"{name}.json").is_file(): return json.loads(file.read_text())
     raise FileNotFoundError(
-        f"no results/{name}.json at or above {here}: run `memory_notebook run {name}` in a checkout of the book"
+        f"no {name}.json in the book's results, nor at or above {here}: `memory_notebook run {name}` makes one"
     )
+
+# %% ../nbs/00c_runs.ipynb #1c398b5d
+def merge_results(
+    *results: dict,  # of one experiment: of several methods, or of several lists of seeds
+) -> dict[str, Any]:  # as `run_experiment` returns them; an option that differs stands in `provenance` only
+    """One result of several; every part keeps its commit, machine and settings. What two hold for one seed raises
+    `ValueError`; numbers that are not over seeds, and differ, are left out with a warning."""
+    if len(names := {r["experiment"] for r in results}) != 1:
+        raise ValueError(f"expected results of one experiment, got {', '.join(sorted(names)) or 'none'}")
+    held = {}  # metric -> the results that hold it
+    for r in sorted(results, key=lambda r: min(r["seeds"])):
+        for name in r["metrics"]: held.setdefault(name, []).append(r)
+    configs = [r["config"] for r in results]
+    metrics = {name: _joined(name, holders) for name, holders in held.items()}
+    if lost := [name for name, value in metrics.items() if value is None]:
+        warnings.warn(f"left out, as these differ and are not over seeds: {', '.join(lost)}", stacklevel=2)
+    config = {k: v for k, v in configs[0].items() if all(k in c and c[k] == v for c in configs)}
+    groups = [g for r in results for g in r.get("provenance") or [_origin_of(r)]]
+    return {
+        "experiment": names.pop(),
+        "config": {k: v for k, v in config.items() if k not in ("seed", "seeds")},
+        "seeds": sorted({s for r in results for s in r["seeds"]}),
+        "metrics": {name: value for name, value in metrics.items() if value is not None},
+        "versions": results[0]["versions"],
+        "commit": _commits(groups),
+        "machine": results[0]["machine"],
+        "wall_s": round(sum(r["wall_s"] for r in results), 2),
+        "provenance": groups,
+    }
+
+
+def _origin_of(result: dict) -> dict[str, Any]:
+    "The provenance of a result that does not say which part comes from where."
+    return {k: result.get(k) for k in ("commit", "machine", "versions", "config", "seeds")} | {"units": []}
+
+
+def _joined(name: str, results: list[dict]) -> Any:
+    "A metric of several results: the values of their seeds, one after the other; None for numbers that differ."
+    parts = [r["metrics"][name] for r in results]
+    seeds = [s for r in results for s in r["seeds"]]
+    if len(parts) == 1: return parts[0]
+    if not all(isinstance(p, dict) for p in parts): return parts[0] if all(p == parts[0] for p in parts) else None
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"two results hold {name} for the same seeds: merge other methods, or other seeds")
+    return _spread([v for p in parts for v in p["values"]])
 
 # %% ../nbs/00c_runs.ipynb #1c8bca1f
 def text_table(
@@ -303,9 +434,11 @@ def text_table(
 
 
 def number(value: Any) -> str:
-    "A metric as text: mean ± standard deviation where there are several seeds."
+    "A metric as text: mean ± standard deviation of several seeds, [low, high] of counted questions."
     if isinstance(value, dict):
-        return number(value["mean"]) + (f" ± {value['std']:.2g}" if len(value["values"]) > 1 else "")
+        spread = f" ± {value['std']:.2g}" if len(value["values"]) > 1 else ""
+        interval = f" [{', '.join(f'{v:.3g}' for v in value['interval'])}]" if "interval" in value else ""
+        return number(value["mean"]) + spread + interval
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 

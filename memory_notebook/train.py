@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['write_atomic', 'save_checkpoint', 'load_checkpoint', 'rng_state', 'set_rng_state', 'loader', 'Callback', 'History',
-           'accuracy', 'default_step', 'evaluate', 'Loop', 'EarlyStop', 'pick_device', 'progress_bar', 'fit',
-           'MemoryTrainer']
+           'accuracy', 'default_step', 'evaluate', 'Loop', 'EarlyStop', 'pick_device', 'progress_bar',
+           'checked_optimizer', 'fit', 'MemoryTrainer']
 
 # %% ../nbs/00b_train.ipynb #03db8f71
 import json
@@ -13,48 +13,73 @@ import math
 import os
 import random
 import sys
+import warnings
+from collections import namedtuple
+from collections.abc import Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterable, Literal
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Literal
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object, send_to_device
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
-from tqdm import tqdm
-from tqdm.auto import tqdm as tqdm_auto
+from tqdm.auto import tqdm
 
 from .core import patch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # an extra, [train]: checkpoints and devices need none
 
 # %% ../nbs/00b_train.ipynb #3e04558c
 def _pack(
     state: Any,  # tensors, numbers, strings, None in any nesting of dicts, lists and tuples
     tensors: dict[str, Tensor],  # filled with the tensors found
 ) -> Any:  # the same nesting for JSON, tensors replaced by their names
-    "Split a nested state into JSON and tensors."
-    if isinstance(state, Tensor):
+    "Split a nested state into JSON and tensors; what `_unpack` could not join again raises `TypeError`."
+    if isinstance(state, Tensor) and state.layout == torch.strided and state.device.type != "meta":
         name = str(len(tensors))
         tensors[name] = state.detach().cpu().clone().contiguous()
         return {"tensor": name}
-    if isinstance(state, dict): return {"dict": [[k, _pack(v, tensors)] for k, v in state.items()]}
-    if isinstance(state, (list, tuple)): return {type(state).__name__: [_pack(v, tensors) for v in state]}
     if state is None or isinstance(state, (bool, int, float, str)): return state
-    raise TypeError(
-        f"a checkpoint cannot hold a {type(state).__name__}: use tensors, numbers, strings, lists, tuples and dicts"
-    )
+    many = lambda values: [_pack(v, tensors) for v in values]
+    if isinstance(state, dict): return {"dict": [[_pack_key(k), v] for k, v in zip(state, many(state.values()))]}
+    if isinstance(state, list): return {"list": many(state)}
+    if type(state) is tuple: return {"tuple": many(state)}
+    if isinstance(state, torch.Size): return {"Size": many(state)}
+    if isinstance(state, tuple) and hasattr(state, "_fields"):
+        cls = type(state)
+        return {"namedtuple": [cls.__module__, cls.__qualname__, list(cls._fields), many(state)]}
+    what = f"{state.layout} tensor on {state.device}" if isinstance(state, Tensor) else type(state).__name__
+    raise TypeError(f"a checkpoint cannot hold a {what}: use tensors, numbers, strings, lists, tuples and dicts")
+
+
+def _pack_key(key: Any) -> Any:
+    "The key of a dict: a number, a string, None, or a tuple of them."
+    if isinstance(key, tuple): return {"tuple": [_pack_key(k) for k in key]}
+    if key is None or isinstance(key, (bool, int, float, str)): return key
+    raise TypeError(f"a checkpoint cannot hold {key!r} as a key: use strings, numbers, or tuples of them")
 
 
 def _unpack(packed: Any, tensors: dict[str, Tensor]) -> Any:
-    "Join again what `pack` has split."
+    "Join again what `_pack` has split."
     if not isinstance(packed, dict): return packed
     (kind, value), = packed.items()
     if kind == "tensor": return tensors[value]
-    if kind == "dict": return {k: _unpack(v, tensors) for k, v in value}
-    return {"list": list, "tuple": tuple}[kind](_unpack(v, tensors) for v in value)
+    if kind == "dict": return {_unpack(k, tensors): _unpack(v, tensors) for k, v in value}
+    if kind == "namedtuple":
+        module, name, fields, values = value
+        return _namedtuple(module, name, fields)(*(_unpack(v, tensors) for v in values))
+    return {"list": list, "tuple": tuple, "Size": torch.Size}[kind](_unpack(v, tensors) for v in value)
+
+
+def _namedtuple(module: str, name: str, fields: list[str]) -> type:
+    "The named tuple's class if its module is imported (a checkpoint imports nothing), else one with the same fields."
+    cls = getattr(sys.modules.get(module), name, None)
+    if isinstance(cls, type) and issubclass(cls, tuple) and list(getattr(cls, "_fields", ())) == fields: return cls
+    return namedtuple(name.rpartition(".")[2], fields)
 
 # %% ../nbs/00b_train.ipynb #dca2dba4
 def write_atomic(
@@ -83,14 +108,17 @@ def save_checkpoint(path: str | Path, state: Any) -> None:
 
 
 def load_checkpoint(path: str | Path) -> Any:
-    "Read what `save_checkpoint` wrote. A damaged file raises ValueError."
+    "Read what `save_checkpoint` wrote. A damaged file, or one of another kind, raises `ValueError`."
     if not Path(path).is_file(): raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         with safe_open(path, framework="pt") as f:
             tensors = {k: f.get_tensor(k) for k in f.keys()}
-            header = f.metadata()
-        return _unpack(json.loads(header["state"]), tensors)
-    except Exception as e: raise ValueError(f"{path} is not a whole checkpoint ({e}): delete it to start anew") from e
+            header = f.metadata() or {}
+    except SafetensorError as e: raise ValueError(f"{path} is not a whole checkpoint, but damaged ({e})") from e
+    if "state" not in header: raise ValueError(f"{path} holds tensors, but `save_checkpoint` did not write it")
+    try: return _unpack(json.loads(header["state"]), tensors)
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path} is whole, but this version cannot read its state ({type(e).__name__}: {e})") from e
 
 # %% ../nbs/00b_train.ipynb #9059cf2e
 def _generators(loader: Any) -> list[torch.Generator]:
@@ -147,6 +175,7 @@ class Callback:
     def after_backward(self, loop: "Loop") -> None: ...  # gradients may be changed
     def after_step(self, loop: "Loop") -> None: ...
     def after_epoch(self, loop: "Loop") -> None: ...  # loop.stop = True ends the training
+    def after_fit(self, loop: "Loop") -> None: ...  # the last checkpoint is written: what is changed here is not in it
     def state_dict(self) -> dict: return {}
     def load_state_dict(self, state: dict) -> None: ...
 
@@ -174,22 +203,43 @@ def accuracy(output: Tensor, target: Tensor) -> Tensor:
 
 def default_step(model: nn.Module, batch: tuple, loss_fn: Callable) -> tuple[Tensor, Tensor]:
     "Loss and output of one batch `(*inputs, target)`; of an output `(y, state)` the state is left aside."
+    if not isinstance(batch, (tuple, list)):
+        raise TypeError(f"the default step takes batches (*inputs, target), got a {type(batch).__name__}: pass step=")
     *inputs, target = batch
     output = model(*inputs)
     if isinstance(output, tuple): output = output[0]
     return loss_fn(output, target), output
 
 
+def _samples(batch: Any) -> int:
+    "How many samples a batch holds: as many as its target, or, if it is no tuple, as its first tensor."
+    from accelerate.utils import find_batch_size
+    last = batch[-1] if isinstance(batch, (tuple, list)) and batch else None
+    n = len(last) if hasattr(last, "__len__") and not isinstance(last, Mapping) else find_batch_size(batch)
+    if n is None: raise TypeError(f"no tensor in a batch, which is a {type(batch).__name__}: cannot count its samples")
+    return n
+
+
+def _target(batch: Any) -> Any:
+    "What metrics compare the output with: the last member of a tuple, `labels` of a dict."
+    if isinstance(batch, (tuple, list)): return batch[-1]
+    if isinstance(batch, Mapping) and "labels" in batch: return batch["labels"]
+    got = type(batch).__name__
+    raise TypeError(f"metrics need a target: batches (*inputs, target), or a dict with `labels`, not this {got}")
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    batches: Iterable,  # of tuples (*inputs, target)
+    batches: Iterable,  # of tuples (*inputs, target), or of what `step` takes
     loss_fn: Callable,  # (output, target) -> mean loss
     metrics: dict[str, Callable] | None = None,  # name -> (output, target) -> mean
     device: torch.device | str | None = None,
     step: Callable = default_step,
 ) -> dict[str, float]:  # "loss" and the metrics, means over samples
     "Measure a model without changing it; its training mode is put back."
+    if device is not None:
+        from accelerate.utils import send_to_device
     was_training = model.training
     total = {}
     count = 0
@@ -197,8 +247,8 @@ def evaluate(
     for batch in batches:
         batch = send_to_device(batch, device) if device is not None else batch
         loss, output = step(model, batch, loss_fn)
-        row = {"loss": loss} | {k: f(output, batch[-1]) for k, f in (metrics or {}).items()}
-        n = len(batch[-1])
+        row = {"loss": loss} | {k: f(output, _target(batch)) for k, f in (metrics or {}).items()}
+        n = _samples(batch)
         count += n
         for k, v in row.items(): total[k] = total.get(k, 0.) + n * v
     model.train(was_training)
@@ -212,7 +262,7 @@ class Loop:
         model: nn.Module,
         train: Iterable,
         optimizer: torch.optim.Optimizer,
-        accelerator: Accelerator,
+        accelerator: "Accelerator",
         bar: tqdm,
         *,
         loss_fn: Callable,
@@ -257,7 +307,17 @@ class Loop:
     def run(self) -> History:
         self.call("before_fit")
         while self.epoch < self.epochs and not self.stop: self.run_epoch()
+        self.call("after_fit")
         return self.history
+
+# %% ../nbs/00b_train.ipynb #14623330
+def _walk(batches: Iterable) -> Iterator:
+    "One walk through the data, with workers that start now: what persistent workers draw depends on all epochs before."
+    if getattr(batches, "persistent_workers", False):
+        warnings.warn("persistent_workers is set aside: workers start with every epoch, else a resumed run would draw "
+                      "other numbers", stacklevel=2)
+        batches._iterator = None
+    return iter(batches)
 
 # %% ../nbs/00b_train.ipynb #d1ab677b
 @patch
@@ -269,7 +329,7 @@ def run_epoch(self: Loop) -> None:
         self.count = 0
         self.epoch_rng = rng_state(self.train_loader)
     else: set_rng_state(self.epoch_rng, self.train_loader)
-    batches = iter(self.train_loader)
+    batches = _walk(self.train_loader)
     for _ in range(self.batch_index): next(batches)  # already used: drawn again and dropped
     if self.now_rng is not None:
         set_rng_state(self.now_rng, self.train_loader)
@@ -283,6 +343,7 @@ def run_epoch(self: Loop) -> None:
 @patch
 def run_step(self: Loop) -> None:
     "One batch: loss, gradients, step."
+    from accelerate.utils import send_to_device
     self.batch = send_to_device(self.batch, self.accelerator.device)
     self.call("before_step")
     self.optimizer.zero_grad(set_to_none=True)
@@ -295,7 +356,7 @@ def run_step(self: Loop) -> None:
     self.call("after_backward")
     if self.clip is not None: self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
     self.optimizer.step()
-    n = len(self.batch[-1])
+    n = _samples(self.batch)
     self.total += n * value
     self.count += n
     self.batch_index += 1
@@ -314,7 +375,8 @@ def end_epoch(self: Loop) -> None:
     total, count = sums.tolist()
     row = {"train_loss": total / count}
     if self.val is not None:
-        scores = evaluate(self.model, self.val, self.loss_fn, self.metrics, self.accelerator.device, self.step_fn)
+        batches = _walk(self.val)
+        scores = evaluate(self.model, batches, self.loss_fn, self.metrics, self.accelerator.device, self.step_fn)
         row |= {f"val_{k}": v for k, v in scores.items()}
     self.history.add(**row)
     self.bar.set_postfix({k: f"{v:.4g}" for k, v in row.items()})
@@ -327,14 +389,36 @@ def end_epoch(self: Loop) -> None:
 _COUNTERS = ("total", "count", "epoch", "batch_index", "step", "stop")
 
 
+def _length(batches: Iterable) -> int | None:
+    "How many batches; None where nobody knows, as with an `IterableDataset`."
+    try: return len(batches)
+    except TypeError: return None
+
+
+def _setup(loop: Loop) -> dict[str, Any]:
+    "What must be the same when a training is resumed. (Its number of epochs may grow.)"
+    optimizer = getattr(loop.optimizer, "optimizer", loop.optimizer)  # accelerate's wrapper
+    return {
+        "optimizer": type(optimizer).__name__,
+        **{k: str(v) for k, v in optimizer.defaults.items()},
+        "batches an epoch": _length(loop.train_loader),
+        "processes": loop.accelerator.num_processes,
+        "precision": loop.accelerator.mixed_precision,
+        "clip": loop.clip,
+        "callbacks": [type(c).__name__ for c in loop.callbacks],
+    }
+
+
 def _save(loop: Loop) -> None:
     "Write the whole state of a training, if a checkpoint file was asked for."
     if loop.checkpoint is None: return
+    from accelerate.utils import gather_object
     rngs = gather_object([(loop.epoch_rng, rng_state(loop.train_loader))])  # one pair a process
     if loop.accelerator.is_main_process:
         save_checkpoint(
             loop.checkpoint,
             {
+                "setup": _setup(loop),
                 "model": loop.accelerator.unwrap_model(loop.model).state_dict(),
                 "optimizer": loop.optimizer.state_dict(),
                 "rngs": rngs,
@@ -347,17 +431,21 @@ def _save(loop: Loop) -> None:
 
 # %% ../nbs/00b_train.ipynb #11fe4940
 def _load(loop: Loop) -> None:
-    "Put a training back to where its checkpoint was written."
+    "Put a training back to where its checkpoint was written; one that was another training raises `ValueError`."
     state = load_checkpoint(loop.checkpoint)
-    try: loop.accelerator.unwrap_model(loop.model).load_state_dict(state["model"])
-    except RuntimeError as e:
-        raise ValueError(f"{loop.checkpoint} is of another model; delete it or pass resume=False: {e}") from e
-    if len(state["callbacks"]) != len(loop.callbacks):
+    now = _setup(loop)
+    then = state.get("setup", {"callbacks": now["callbacks"]})
+    other = [f"{k} {then[k]}, now {now[k]}" for k in now if k in then and then[k] != now[k]]
+    if state["epoch"] > loop.epochs: other.append(f"epochs {state['epoch']}, now {loop.epochs}")
+    try:
+        if other: raise ValueError("; ".join(other))
+        loop.accelerator.unwrap_model(loop.model).load_state_dict(state["model"])
+        loop.optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError) as e:
+        why = " ".join(str(e).split())
         raise ValueError(
-            f"{loop.checkpoint} was written with {len(state['callbacks'])} callbacks and there are "
-            f"{len(loop.callbacks)}"
-        )
-    loop.optimizer.load_state_dict(state["optimizer"])
+            f"{loop.checkpoint} is of another training ({why}): name another checkpoint, or pass resume=False"
+        ) from e
     for c, s in zip(loop.callbacks, state["callbacks"]): c.load_state_dict(s)
     for k in _COUNTERS: setattr(loop, k, state[k])
     loop.epoch_rng, loop.now_rng = state["rngs"][loop.accelerator.process_index]
@@ -391,8 +479,10 @@ class EarlyStop(Callback):
             self.wait = 0
             self.weights = {k: v.clone() for k, v in model.state_dict().items()}
         else: self.wait += 1
-        loop.stop = self.wait >= self.patience
-        if (loop.stop or loop.epoch == loop.epochs) and self.weights is not None: model.load_state_dict(self.weights)
+        loop.stop |= self.wait >= self.patience
+
+    def after_fit(self, loop: Loop) -> None:
+        if self.weights is not None: loop.accelerator.unwrap_model(loop.model).load_state_dict(self.weights)
 
     def state_dict(self) -> dict: return {"best": self.best, "wait": self.wait, "weights": self.weights}
 
@@ -413,35 +503,62 @@ def pick_device(
     return torch.device(device)
 
 
-def _make_accelerator(
+@contextmanager
+def _accelerator(
     device: str | torch.device = "auto",
     precision: Literal["no", "fp16", "bf16"] = "no",  # mixed precision
-) -> Accelerator:
-    "An accelerator for one training; the settings of an earlier one in this process are forgotten."
+) -> Iterator["Accelerator"]:
+    "An accelerator for one training. Its settings are global: those of a training around this one are put back."
     if precision not in ("no", "fp16", "bf16"):
         raise ValueError(f"precision is {precision!r}: choose 'no', 'fp16' or 'bf16'")
     device = pick_device(device)
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    around = dict(AcceleratorState._shared_state)
     AcceleratorState._reset_state()
     if device.type == "cuda" and device.index: torch.cuda.set_device(device)
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    try: yield Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    finally:
+        AcceleratorState._reset_state()
+        AcceleratorState._shared_state.update(around)
+
+
+def _watched() -> bool:
+    "True on a terminal and in a notebook's kernel; False in tests, in pipes, and where TQDM_DISABLE is set."
+    if os.environ.get("TQDM_DISABLE", "0") not in ("", "0"): return False
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return sys.stderr.isatty() or getattr(shell, "kernel", None) is not None
 
 
 def progress_bar(
     total: int | None,
     label: str = "",
-    show: bool | None = None,  # None: on a terminal only
+    show: bool | None = None,  # None: on a terminal, and in a notebook
 ) -> tqdm:
     "A tqdm bar that keeps quiet where nobody watches."
-    return (tqdm_auto if show else tqdm)(
-        total=total, desc=label, leave=False, disable=not (sys.stderr.isatty() if show is None else show)
-    )
+    return tqdm(total=total, desc=label, leave=False, disable=not (_watched() if show is None else show))
+
+# %% ../nbs/00b_train.ipynb #fccd85f5
+def checked_optimizer(
+    optimizer: torch.optim.Optimizer | Callable,  # or a class or function: parameters -> optimizer
+    model: nn.Module,
+) -> torch.optim.Optimizer:
+    "An optimizer of this network. One that would move nothing of it raises `ValueError`, a name raises `TypeError`."
+    if callable(optimizer) and not hasattr(optimizer, "step") or isinstance(optimizer, type):
+        optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"optimizer is {optimizer!r}: expected one of torch, as torch.optim.Adam(model.parameters())")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(p) in held for p in model.parameters()):
+        raise ValueError("the optimizer holds no parameter of this network: make it from model.parameters()")
+    return optimizer
 
 # %% ../nbs/00b_train.ipynb #386fdfee
 def fit(
     model: nn.Module,
-    train: Iterable,  # a DataLoader or any re-iterable of tuples (*inputs, target)
+    train: Iterable,  # a DataLoader or any re-iterable of tuples (*inputs, target), or of what `step` takes
     *,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Callable,  # or a class or function: parameters -> optimizer
     loss_fn: Callable = nn.functional.mse_loss,  # (output, target) -> mean loss
     epochs: int = 1,
     val: Iterable | None = None,  # measured after every epoch
@@ -455,28 +572,29 @@ def fit(
     every: int | None = None,  # also written after so many steps
     resume: bool = True,  # False: start anew even if the checkpoint exists
     step: Callable = default_step,  # (model, batch, loss_fn) -> (loss, output)
-    progress: bool | None = None,  # None: on a terminal only
+    progress: bool | None = None,  # None: on a terminal, and in a notebook
 ) -> History:
     "Train a model. Killed at any moment and called again with the same arguments it ends with the same bits."
     if epochs < 1: raise ValueError(f"epochs is {epochs}: expected at least 1")
     if hasattr(train, "__next__"):
         raise TypeError("the training data can be walked through only once: give a DataLoader or a list of batches")
-    accelerator = _make_accelerator(device, precision)
-    ready, opt = accelerator.prepare(model, optimizer)
-    if accelerator.num_processes > 1: train = accelerator.prepare(train)
+    optimizer = checked_optimizer(optimizer, model)
+    if not callable(loss_fn): raise TypeError(f"loss_fn is {loss_fn!r}: expected a function (output, target) -> loss")
+    if patience and val is None: raise ValueError("nothing called 'val_loss' to watch: patience needs val=")
     callbacks = [*callbacks, *([EarlyStop(patience)] if patience else [])]
-    steps = epochs * len(train) if hasattr(train, "__len__") else None
-    with progress_bar(steps, "training", progress) as bar:
-        loop = Loop(
-            ready, train, opt, accelerator, bar, loss_fn=loss_fn, epochs=epochs, val=val, metrics=metrics, clip=clip,
-            callbacks=callbacks, checkpoint=checkpoint, every=every, step_fn=step,
-        )
-        if resume and checkpoint is not None and Path(checkpoint).is_file(): _load(loop)
-        ready.train()
-        try: return loop.run()
-        finally:
-            accelerator.unwrap_model(ready, keep_fp32_wrapper=False)
-            AcceleratorState._reset_state()
+    with _accelerator(device, precision) as accelerator:
+        ready, opt = accelerator.prepare(model, optimizer)
+        if accelerator.num_processes > 1: train = accelerator.prepare(train)
+        length = _length(train)
+        with progress_bar(None if length is None else epochs * length, "training", progress) as bar:
+            loop = Loop(
+                ready, train, opt, accelerator, bar, loss_fn=loss_fn, epochs=epochs, val=val, metrics=metrics,
+                clip=clip, callbacks=callbacks, checkpoint=checkpoint, every=every, step_fn=step,
+            )
+            if resume and checkpoint is not None and Path(checkpoint).is_file(): _load(loop)
+            ready.train()
+            try: return loop.run()
+            finally: accelerator.unwrap_model(ready, keep_fp32_wrapper=False)
 
 # %% ../nbs/00b_train.ipynb #e3dd1d03
 class MemoryTrainer:

@@ -3,6 +3,7 @@ import gzip
 import inspect
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,6 +118,35 @@ def test_table_of_contents_is_true(key):
     assert experiments.command_of(key) is not None
 
 
+@pytest.mark.parametrize("key", [k for k in experiments.CHAPTERS if k.startswith("experiment:")])
+def test_every_experiment_can_be_run_on_other_seeds(key):
+    exp = experiments.load(key)
+    assert exp.config()["seed"] == 0 and "seed" in {s.name for s in experiments.settings(exp)}
+    source = inspect.getsource(sys.modules[exp.fn.__module__])
+    assert "range(seeds)" not in source, "count the seeds with run.seeds(seeds)"
+
+
+def test_a_result_names_its_commit(tmp_path):
+    "A changed file is said, and a repository that only happens to lie around the package is not taken for its own."
+    from memory_notebook.runs import _commit
+    git = lambda *a: subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b", *a],
+                                    check=True, capture_output=True, text=True).stdout.strip()
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    assert _commit(package) is None
+    git("init")
+    (tmp_path / "README").touch()
+    git("add", "README")
+    git("commit", "-m", "a project of somebody else")
+    assert _commit(package) is None
+    git("add", ".")
+    git("commit", "-m", "the package")
+    assert _commit(package) == git("rev-parse", "--short=12", "HEAD")
+    (package / "__init__.py").write_text("changed = True")
+    assert _commit(package) == git("rev-parse", "--short=12", "HEAD") + "+dirty"
+
+
 def test_every_registered_experiment_is_listed():
     for key in experiments.CHAPTERS: experiments.load(key)
     from memory_notebook.runs import REGISTRY
@@ -127,7 +157,7 @@ def test_every_registered_experiment_is_listed():
 
 def test_run(undisturbed):
     result, folder, err = undisturbed
-    assert list(result) == ["experiment", "config", "seeds", "metrics", "versions", "commit", "machine", "wall_s"]
+    assert " ".join(result) == "experiment config seeds metrics versions commit machine wall_s provenance"
     assert (result["experiment"], result["seeds"], result["config"]["epochs"]) == ("agent", [0], 3)
     assert (
         json.loads((folder / "result.json").read_text()) == result
@@ -204,6 +234,20 @@ def test_interrupted_killed_and_resumed(undisturbed, tmp_path):
     code, out, err = shell(*TINY, "--out", tmp_path, "--resume")
     assert code == 0 and err.count("done before") >= 4 and len(list((tmp_path / "agent").iterdir())) == 1
     assert scores(json.loads(out)) == scores(undisturbed[0])
+
+
+def test_more_seeds_use_what_is_done(undisturbed, tmp_path):
+    "`--seeds 2 --resume` after `--seeds 1` computes one seed, and says where each unit comes from."
+    shutil.copytree(undisturbed[1], tmp_path / "agent" / undisturbed[1].name)
+    command = ["2" if a == "1" else a for a in TINY]
+    code, out, err = shell(*command, "--out", tmp_path, "--resume")
+    assert code == 0 and err.count("seed0: done before") == 5 and "seed1: done before" not in err
+    result = json.loads(out)
+    assert result["seeds"] == [0, 1] and sum(len(g["units"]) for g in result["provenance"]) == 10
+    assert result["metrics"]["naive.acc"]["values"][:1] == undisturbed[0]["metrics"]["naive.acc"]["values"]
+    code, out, err = shell(*command, "--seed", 1, "--out", tmp_path, "--resume")
+    assert json.loads(out)["seeds"] == [1, 2] and err.count("seed1: done before") == 5
+    assert len(list((tmp_path / "agent").iterdir())) == 3  # no result was overwritten
 
 
 def test_data(capsys):

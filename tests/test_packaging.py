@@ -1,13 +1,18 @@
 """What `pip install` gives: a light import, a package that needs no Jupyter, metadata as in settings.ini,
 and one notebook behind every module."""
 import ast
+import inspect
 import json
+import os
+import pydoc
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from configparser import ConfigParser
+from importlib import import_module
 from importlib.metadata import PathDistribution, distribution
 from pathlib import Path
 
@@ -26,7 +31,7 @@ MODULES = {
 }
 NOT_NEEDED = """IPython ipykernel ipywidgets anywidget jupyter jupyter_core jupyter_client jupyter_server jupyterlab
     notebook nbformat nbclient nbconvert nbdev execnb fastcore ghapi""".split()
-EXTRAS = ("dev", "bench", "scale")
+EXTRAS = ("train", "language", "live", "real", "bench", "scale", "dev")
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +79,37 @@ from importlib import import_module
 for name in {list(MODULES)}: import_module("memory_notebook." + name)""")
 
 
+# ---------------------------------------------------------------- help
+
+
+def exported():
+    "Every exported name of every module, once."
+    for name in MODULES:
+        module = import_module(f"memory_notebook.{name}")
+        for k in module.__all__:
+            if getattr(getattr(module, k), "__module__", None) == module.__name__: yield k, getattr(module, k)
+
+
+def test_help_shows_what_stands_beside_each_parameter():
+    "The comments as fastcore finds them, in the docstrings as Python shows them."
+    docments = pytest.importorskip("fastcore.docments").docments
+    lost = []
+    for name, thing in exported():
+        shown = inspect.getdoc(thing) or ""
+        told = {k: comment.splitlines()[0] for k, comment in docments(thing).items() if comment}
+        lost += [(name, k) for k, comment in told.items() if comment not in shown]
+        if callable(thing) and not vars(thing).get("__doc__", thing.__doc__): lost.append((name, "says nothing"))
+    assert len(lost) < 5, lost  # a comment beside a function of one line may be about its body
+
+
+def test_help_says_it_once_and_what_a_model_is():
+    from memory_notebook import NTM, ContinualLearningGPT2, NTMConfig, train
+    for thing in (NTM, train.fit, NTMConfig): assert inspect.getdoc(thing).count("Parameters\n-----") == 1
+    assert {"memory_slots", "write_heads"} <= set(re.findall(r"(?m)^(\w+) :", inspect.getdoc(NTMConfig)))
+    text = pydoc.render_doc(ContinualLearningGPT2, renderer=pydoc.plaintext)
+    assert "learns facts" in text[:600] and "GPT2LMHeadModel" in text[:600] and "Saving and loading." not in text[:2000]
+
+
 # ---------------------------------------------------------------- modules and notebooks
 
 
@@ -107,27 +143,113 @@ def test_no_module_outgrows_a_chapter(stem):
     assert len(MODULES[stem].read_text(encoding="utf-8").splitlines()) <= 750
 
 
+# ---------------------------------------------------------------- results
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("nbs/results/*.json")), ids=lambda p: p.stem)
+def test_a_result_says_where_every_part_comes_from(path):
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if "metrics" not in result: return  # a drawing's data
+    commits = str(result["commit"]).split(", ")
+    assert all(re.fullmatch(r"[0-9a-f]{12}(\+dirty)?|None|unknown", c) for c in commits)
+    if len(commits) > 1 or not re.fullmatch("[0-9a-f]{12}", commits[0]):
+        assert all(g["commit"] or g["note"] for g in result["provenance"])
+        assert all({"machine", "versions", "config", "units"} <= set(g) for g in result["provenance"])
+    assert not {"commits", "sequences_ntm"} & set(result["config"]), "what differs between units stands in provenance"
+
+
 # ---------------------------------------------------------------- the distributions
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    "The wheel, made from the source distribution, which is made from this tree. Needs no network."
+def distributions(tmp_path_factory):
+    "Source distribution, made from what git would keep of this tree, and the wheel that is made from it. No network."
     pytest.importorskip("build")
     tree = tmp_path_factory.mktemp("tree")
-    for name in ("settings.ini", "setup.py", "MANIFEST.in", "README.md", "LICENSE"): shutil.copy(ROOT / name, tree)
-    shutil.copytree(ROOT / "memory_notebook", tree / "memory_notebook", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.iterdir():
+        if path.is_file(): shutil.copy(path, tree)
+    for folder in ("memory_notebook", "nbs", "tests"):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     command = [sys.executable, "-m", "build", "--no-isolation", "--skip-dependency-check"]
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
     assert not done.returncode, done.stdout + done.stderr
-    made, = tree.glob("dist/*.whl")
-    return made
+    return next(tree.glob("dist/*.tar.gz")), next(tree.glob("dist/*.whl"))
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+@pytest.fixture(scope="module")
+def wheel(distributions): return distributions[1]
+
+
+def test_the_wheel_holds_the_package_and_its_results(wheel):
     kept = {str(p.relative_to(ROOT)) for p in ROOT.glob("memory_notebook/**/*") if p.is_file() and p.suffix != ".pyc"}
+    results = {f"memory_notebook/results/{p.name}" for p in ROOT.glob("nbs/results/*.json")}
     names = [n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n]
-    assert set(names) == kept
+    assert set(names) == kept | results
+
+
+def test_the_source_distribution_holds_the_book(distributions):
+    names = {n.partition("/")[2] for n in tarfile.open(distributions[0]).getnames()}
+    wanted = ["constraints.txt", "CHANGELOG.md", "settings.ini", "LICENSE", "memory_notebook/py.typed"]
+    wanted += [str(p.relative_to(ROOT)) for d in ("nbs", "tests") for p in (ROOT / d).glob("*.[ip]*") if p.is_file()]
+    wanted += [str(p.relative_to(ROOT)) for p in ROOT.glob("nbs/results/*.json")]
+    assert set(wanted) <= names, sorted(set(wanted) - names)
+
+
+def away_from_home(wheel: Path, folder: Path, code: str) -> str:
+    "Run code in an empty folder, with the package out of the wheel."
+    zipfile.ZipFile(wheel).extractall(folder / "installed")
+    (folder / "empty").mkdir()
+    code = f"import sys; sys.path.insert(0, {str(folder / 'installed')!r})\n{code}"
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder / "empty", env=env, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    return done.stdout
+
+
+def test_the_readmes_result_is_found_after_an_installation(wheel, tmp_path):
+    assert away_from_home(wheel, tmp_path, """
+import memory_notebook
+from memory_notebook import load_result
+assert memory_notebook.__file__.startswith(sys.path[0])
+print(load_result("agent")["experiment"])""") == "agent\n"
+
+
+def test_without_extras_what_is_missing_is_named():
+    "With torch, numpy and little more: the core works, and everything else says in one line what it needs."
+    out = python("""
+import importlib.machinery, sys
+from memory_notebook._extras import EXTRAS
+found = importlib.machinery.PathFinder.find_spec
+importlib.machinery.PathFinder.find_spec = lambda name, *a: None if name.split(".")[0] in EXTRAS else found(name, *a)
+import torch
+import memory_notebook as m
+m.NTM, m.DNC, m.EWC, m.Learner, m.ReplayBuffer, m.ContinualAgent, m.ProductKeyMemory, m.save_checkpoint
+net = torch.nn.Linear(2, 1)
+def train(): m.fit(net, [(torch.ones(2, 2), torch.ones(2, 1))], optimizer=torch.optim.SGD(net.parameters(), .1))
+for f in (lambda: m.ContinualLearningGPT2, lambda: m.Engram, train, m.load_digits):
+    try: f()
+    except ModuleNotFoundError as e: print(e)
+assert importlib.util.find_spec("peft") is None  # others may look
+from memory_notebook.experiments import main
+assert main(["run", "frontier"]) == 1""").splitlines()
+    hints = [line.partition(": ")[2] for line in out]
+    assert hints == [f"pip install 'memory_notebook[{x}]'" for x in ("language", "language", "train", "train")], out
+
+
+def test_extras_are_those_of_the_settings(settings):
+    from memory_notebook._extras import EXTRAS as named
+    project = {"sklearn": "scikit-learn", "PIL": "pillow", "product_key_memory": "product-key-memory"}
+    for module, extra in named.items():
+        names = {Requirement(r).name for r in settings[f"{extra}_requirements"].split()}
+        assert project.get(module, module) in names, (module, extra)
+    core = {Requirement(r).name for r in settings["requirements"].split()}
+    assert {"torch", "numpy"} <= core and not core & {project.get(m, m) for m in named}
+
+
+def test_the_package_is_a_command():
+    command = [sys.executable, "-m", "memory_notebook", "--version"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith("memory_notebook ") and not done.returncode
 
 
 def metadata(wheel: Path) -> PathDistribution:
@@ -172,6 +294,7 @@ def test_constraints_pin_all_that_settings_name(settings, version):
         pins[canonicalize_name(pin.name)] = only.version
     for key in ("requirements", *(f"{extra}_requirements" for extra in EXTRAS)):
         for need in map(Requirement, settings[key].split()):
+            if need.name == "memory_notebook": continue  # its own extras
             assert need.specifier.contains(pins[canonicalize_name(need.name)]), (
                 f"{need} is not what constraints.txt pins"
             )

@@ -65,3 +65,4 @@ def test_two_processes_equal_one_and_resume(tmp_path):
     assert train(tmp_path / "stopped", 2, stop=6) == 3
     assert train(tmp_path / "stopped", 2) == 0
     torch.testing.assert_close(weights(tmp_path / "stopped"), weights(tmp_path / "two"), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="processes 2, now 1"): training(tmp_path / "stopped", 16, -1, {})

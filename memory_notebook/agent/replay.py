@@ -311,6 +311,7 @@ class ReplayBuffer:
         seed: int = 0,  # of the generator
         generator: torch.Generator | None = None,  # CPU generator to share instead
     ):
+        strategy = {"prioritized": "prioritised"}.get(strategy, strategy)
         if strategy not in REPLAY_STRATEGIES:
             raise ValueError(f"strategy: expected one of {', '.join(REPLAY_STRATEGIES)}, got {strategy!r}")
         self.config = dict(capacity=capacity, strategy=strategy, alpha=alpha, eps=eps, label=label)

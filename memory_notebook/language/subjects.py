@@ -24,6 +24,8 @@ def _pieces(
     tokenizer: Any,  # of transformers
 ) -> list[bytes | None]:  # by id; None: a special token
     "What each token writes."
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):
+        raise TypeError(f"a memory reads words: expected the model's tokenizer, got {type(tokenizer).__name__}")
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     special = set(tokenizer.all_special_ids)
     letters = _byte_letters()

@@ -474,7 +474,7 @@ def frontier(run: Run, *,
     names = chosen(method, _METHODS, "method")
     best, found = _search_rates(_Seed(run, search_seed, known, new, device), names)
     scores: dict[str, list] = {}
-    for seed in range(seeds):
+    for seed in run.seeds(seeds):
         this = _Seed(run, seed, known, new, device)
         for base in ("dense", "memory"): scores.setdefault(f"before.{base}", []).append(this.before(base))
         for (regime, name), lr in best.items():
