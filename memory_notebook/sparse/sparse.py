@@ -619,6 +619,7 @@ def step_rows(
     *tables: nn.Parameter,  # with sparse gradients; none: all two-dimensional parameters
 ) -> RowSteps:
     "From now on a step of the optimiser touches only rows with a gradient, its own state too."
+    while hasattr(optimizer, "optimizer"): optimizer = optimizer.optimizer  # inside accelerate's wrapper
     held = [p for group in optimizer.param_groups for p in group["params"]]
     if missing := [tuple(t.shape) for t in tables if not any(t is p for p in held)]:
         raise ValueError(
