@@ -33,6 +33,7 @@ from memory_notebook.sparse.host import (
     call_arguments,
     chosen_layers,
     decoder_layers,
+    decoder_of,
     floating_like,
     lm_step,
     small_gpt2,
@@ -305,8 +306,9 @@ def engram_groups(
 class EngramCache:
     "The state of one Engram as a layer of transformers' cache."
     supports_early_init = is_compileable = is_croppable = False
-    def __init__(self, ordinal: int):
+    def __init__(self, ordinal: int, is_sliding: bool):
         self.ordinal = ordinal
+        self.is_sliding = is_sliding
         self.state = None
 
     def _each(self, change: Any) -> None: self.state = self.state and EngramState(*map(change, self.state))
@@ -329,7 +331,8 @@ class EngramCache:
             raise TypeError(f"expected a cache with layers, got {type(cache).__name__}: update transformers")
         if found := next((l for l in cache.layers if isinstance(l, cls) and l.ordinal == ordinal), None): return found
         while len(cache.layers) < depth: cache.layers.append(cache.layer_class_to_replicate())
-        cache.layers.append(found := cls(ordinal))
+        # masks take their size from the first layer that does not slide, which must be none of ours
+        cache.layers.append(found := cls(ordinal, all(getattr(l, "is_sliding", False) for l in cache.layers)))
         return found
 
 # %% ../../nbs/08b_engram.ipynb #c70f2134
@@ -400,8 +403,8 @@ def _install(
         like = floating_like(stack[i])
         stack[i].engram = Engram(config, canonical, ordinal).to(device=like.device, dtype=like.dtype)
         stack[i].engram.depth = len(stack)
-    model.base_model.register_forward_pre_hook(_hand_down, with_kwargs=True)
-    model.base_model.register_forward_hook(_fall_silent, always_call=True)
+    decoder_of(model).register_forward_pre_hook(_hand_down, with_kwargs=True)
+    decoder_of(model).register_forward_hook(_fall_silent, always_call=True)
     for block in stack: block.register_forward_pre_hook(_recall, with_kwargs=True)
 
 
@@ -409,7 +412,7 @@ def _uninstall(model: PreTrainedModel) -> None:
     "Take the Engrams out, and their hooks."
     stack = decoder_layers(model)
     for i in model.config.engram["layers"]: del stack[i].engram
-    for module in (model.base_model, *stack):
+    for module in (decoder_of(model), *stack):
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [k for k, hook in hooks.items() if hook in (_hand_down, _fall_silent, _recall)]: del hooks[key]
 
