@@ -376,8 +376,8 @@ def _recall(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     said = said or _SAID.get()
     if said is None:
         raise ValueError(
-            f"{type(block).__name__} runs without its model's call, as under gradient checkpointing, and its family does "
-            "not pass arguments on: an Engram cannot know the tokens. Leave checkpointing out"
+            f"{type(block).__name__} runs outside of its model's call, and its family does not pass arguments on: an "
+            "Engram cannot know the tokens. Call the model; leave gradient checkpointing out, or update transformers"
         )
     ids, mask, starts = said
     named = "hidden_states" in kwargs

@@ -242,16 +242,21 @@ def _made_of(cls: type) -> tuple["Host", type] | None:
     return vars(cls).get("_made_of")
 
 
-def _blank(make: Callable, host: "Host", base: type) -> Any:
+def _blank(cls: type, *hosts: "Host") -> Any:
     "An object of a class that is made here if it was not yet."
-    cls = make(host, base)
+    make = _host_class if issubclass(cls, PreTrainedModel) else _host_config
+    for host in hosts: cls = make(host, cls)
     return cls.__new__(cls)
 
 
 def _reduced(self: Any, protocol: Any) -> tuple:
     "How an object of a made class is pickled."
-    make = _host_class if isinstance(self, PreTrainedModel) else _host_config
-    return (_blank, (make, *_made_of(type(self))), *object.__reduce_ex__(self, protocol)[2:])
+    hosts = []
+    cls = type(self)
+    while made := _made_of(cls):
+        hosts.insert(0, made[0])
+        cls = made[1]
+    return (_blank, (cls, *hosts), *object.__reduce_ex__(self, protocol)[2:])
 
 
 def _copy_config(config: PreTrainedConfig, cls: type) -> PreTrainedConfig:
@@ -269,19 +274,22 @@ def _become(model: PreTrainedModel, cls: type, config: PreTrainedConfig) -> PreT
     model.__class__ = cls
     return model
 
-# %% ../../nbs/08a_host.ipynb #92cb6211
+# %% ../../nbs/08a_host.ipynb #e0bf6353
 class _Hosted:
     "What every class of a host has beside the methods of its base."
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
-        super().__init__(config, *args, **kwargs)
-        plain = {id(v) for v in (*self.parameters(), *self.buffers())}
+        plain = type(config)
+        while _made_of(plain): plain = _made_of(plain)[1]
+        super().__init__(_copy_config(config, plain), *args, **kwargs)  # which may make parts by their model type
+        _become(self, type(self), _copy_config(self.config, self.config_class))
+        own = {id(v) for v in (*self.parameters(), *self.buffers())}
         for host, _ in filter(None, map(_made_of, reversed(type(self).__mro__))):  # the memory that was added first
             if not (settings := getattr(self.config, host.name, None)): continue
             settings = {host.renamed.get(name, name): value for name, value in settings.items()}
             setattr(self.config, host.name, settings)
             if host.build: host.build(self, **settings)
-        own = [*self.named_parameters(), *self.named_buffers()]
-        self._memory_names = frozenset(name for name, v in own if id(v) not in plain)
+        named = [*self.named_parameters(), *self.named_buffers()]
+        self._memory_names = frozenset(name for name, v in named if id(v) not in own)
 
     @classmethod
     def from_pretrained(cls, source: Any, *args: Any, output_loading_info: bool = False, **options: Any) -> Any:
@@ -343,6 +351,8 @@ def _register(host: Host, model: type[PreTrainedModel], base: type[PreTrainedMod
                 auto.register(model.config_class, model, exist_ok=True)
                 known._model_mapping[model.config_class.model_type] = model.__name__  # Trainer looks here for its loss
             elif plain is not None and issubclass(base, plain): host.of(plain)
+    speaks = MODEL_FOR_CAUSAL_LM_MAPPING.get(base.config_class, None)
+    if speaks not in (None, base): host.of(speaks)  # beside a classifier, what a language model's folder needs
 
 # %% ../../nbs/08a_host.ipynb #d902c50f
 END = "<|endoftext|>"  # GPT-2's: between texts, at the end of one, and as padding
