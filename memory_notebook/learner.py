@@ -454,10 +454,14 @@ def state_dict(self: Learner) -> dict:
 
 
 @patch
-def load_state_dict(self: Learner, state: dict) -> None:
+def load_state_dict(self: Learner,
+    state: dict,
+    same: Iterable[str] | None = None,  # parts of `identity` that must agree; None: all
+) -> None:
     "Go back to a `state_dict`; `ValueError` if it is of another run."
     there = state.get("run", {})
-    differ = [f"{k}: {there.get(k)} there, {v} here" for k, v in self.identity().items() if there.get(k) != v]
+    here = {k: v for k, v in self.identity().items() if same is None or k in same}
+    differ = [f"{k}: {there.get(k)} there, {v} here" for k, v in here.items() if there.get(k) != v]
     if differ:
         raise ValueError(f"the checkpoint is of another run ({'; '.join(differ)}): give another file, or build the "
                          "learner as it was")
