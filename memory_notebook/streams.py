@@ -370,7 +370,8 @@ class Results:
     def forgetting_of(self) -> Tensor:
         "Best before the last context minus at the end, for each context but the last, (T - 1,). Chaudhry et al. 2018."
         if len(self.learned) < 2: return self.R.new_empty(0)
-        return (self.gain[1:-1].amax(0) - self.gain[-1])[:-1]
+        before = self.gain[1:-1]  # NaN where a context was not yet known
+        return (before.masked_fill(before.isnan(), -torch.inf).amax(0) - self.gain[-1])[:-1]
 
     @property
     def forgetting(self) -> float:
