@@ -265,12 +265,12 @@ class FollowRecipe(Callback):
 
     def after_epoch(self, loop: Loop) -> None:
         bits = torch.stack(self.costs).mean(0).tolist()
-        if len(bits) == 1: bits = bits[0]
+        if not isinstance(self.stream.seed, tuple): bits, = bits
         self.costs = []
         curriculum = self.stream.curriculum
         level = {} if curriculum is None else {"level": curriculum.level}
         loop.history.add(bits=bits, sequences=self.sequences, **level)
-        if self.recipe.cosine or self.decayed or bits >= self.recipe.decay_below: return
+        if self.recipe.cosine or self.recipe.decay == 1 or self.decayed or bits >= self.recipe.decay_below: return
         self.decayed = True
         for group in loop.optimizer.param_groups: group["lr"] *= self.recipe.decay
 
@@ -310,7 +310,7 @@ def train_sequence(
     recipe: Recipe = Recipe(),
     stop_below: float | None = None,  # end there, bits per sequence
     curriculum: Curriculum | None = None,
-    seed: int | tuple[int, ...] = 0,  # of the batches; for machines side by side a tuple, one for each
+    seed: int | tuple[int, ...] = 0,  # of the batches; a tuple for machines side by side, a seed for each
     device: str = "auto",
     precision: str = "no",  # "no", "fp16", "bf16"
     checkpoint: str | Path | None = None,  # continued from if it exists
@@ -318,12 +318,14 @@ def train_sequence(
     **options: Any,  # further arguments of the task; ragged=True for batches of different lengths
 ) -> History:  # columns bits (a list of them for machines side by side), sequences, train_loss, level
     "Train a machine, or several side by side, on a task. Graves et al. 2014, section 4.6."
-    seeds = len(seed) if isinstance(seed, tuple) else 1
+    together = isinstance(seed, tuple)
+    seeds = len(seed) if together else 1
     machines = machines_in(model)
     if seeds != machines: raise ValueError(f"{machines} machines and {seeds} seeds: pass a tuple with a seed for each")
-    alone = stop_below is not None or recipe.keep == "best" or not recipe.cosine
-    if machines > 1 and alone:
-        raise ValueError("machines side by side end together: use a recipe with cosine=True, keep='last', no stop_below")
+    falls_alone = not recipe.cosine and recipe.decay != 1
+    if together and (falls_alone or recipe.keep == "best" or stop_below is not None):
+        raise ValueError("machines side by side begin, slow down and end together: use a recipe with keep='last' and "
+                         "cosine=True or decay=1, and no stop_below")
     longer = {"long_sizes": recipe.long_sizes, "long_share": recipe.long_share}
     stream = Practice(task, epoch, batch_size, seed, curriculum, **longer, **options)
     epochs = max(1, math.ceil(sequences / (epoch * batch_size)))
