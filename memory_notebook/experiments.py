@@ -65,6 +65,10 @@ CHAPTERS: dict[str, Chapter] = {
         ".machines.machines", "copy_experiment",
         "say a string back: machines with memory against an LSTM", "results_table",
     ),
+    "experiment:copy-new-seeds": Chapter(
+        ".machines.machines", "copy_new_seeds",
+        "copy on seeds that no recipe was chosen on, the machines side by side", "results_table",
+    ),
     "experiment:repeat-copy": Chapter(
         ".machines.machines", "repeat_copy_experiment",
         "say a string back several times and mark the end", "results_table",

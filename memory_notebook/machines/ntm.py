@@ -32,7 +32,7 @@ class NTMConfig(MachineConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.write_heads < 1: raise ValueError(f"write_heads is {self.write_heads}: expected at least 1")
-        if self.least_gamma < 1: raise ValueError(f"least_gamma is {self.least_gamma}: expected at least 1, no sharpening")
+        if self.least_gamma < 1: raise ValueError(f"least_gamma is {self.least_gamma}: expected at least 1")
         if not 0 <= 2 * self.max_shift < self.memory_slots:
             raise ValueError(f"max_shift is {self.max_shift}: expected at least 0, and 2 * max_shift + 1 moves "
                              f"for at most {self.memory_slots} slots")
