@@ -21,7 +21,7 @@ from .meta import annealed
 from ..core import check_finite, content_weights, interpolate, least_used, patch, read, set_seed, unit
 from ..data import episodes, load_omniglot_vinyals
 from ..runs import Run, cpu_seconds, experiment, sweep, sweep_metrics
-from ..sequence import Machine, MachineCell, MachineConfig
+from ..sequence import Machine, MachineCell, MachineConfig, carried, configure, layers
 from ..train import pick_device
 
 # %% ../../nbs/04a_oneshot.ipynb #105d592d
@@ -110,6 +110,7 @@ class MANNHeads(NamedTuple):
     strengths: Tensor  # (..., r)
 
 
+@carried
 class MANNState(NamedTuple):
     "What a memory-augmented network carries from step to step."
     hidden: Tensor  # (b, hidden_size) of the LSTM
@@ -145,7 +146,8 @@ class _MANNLayout:
 # %% ../../nbs/04a_oneshot.ipynb #40049ad8
 class MANNCell(MachineCell):
     "An LSTM whose heads read by content and write where they read last or to the least used slot. Santoro et al. 2016."
-    def __init__(self, config: MANNConfig): super().__init__(config, _MANNLayout(config))
+    def __init__(self, config: MANNConfig, device: Any = None, dtype: torch.dtype | None = None):
+        super().__init__(config, _MANNLayout(config), device, dtype)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -162,7 +164,7 @@ class MANNCell(MachineCell):
         return MANNState(
             hidden=self.zeros(batch_size, c.hidden_size),
             cell=self.zeros(batch_size, c.hidden_size),
-            memory=self.zeros(batch_size, c.memory_slots, c.slot_dim),
+            memory=self.empty_memory(batch_size),
             usage=self.zeros(batch_size, c.memory_slots),
             weights=self.zeros(batch_size, c.read_heads, c.memory_slots),
             reads=self.zeros(batch_size, c.read_heads, c.slot_dim),
@@ -192,8 +194,13 @@ class MANN(Machine):
     def __init__(self,
         input_size: int,  # d
         output_size: int | None = None,  # classes; None: as wide as the input
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         **options: Any,  # the rest of `MANNConfig`
-    ): super().__init__(MANNCell(MANNConfig(input_size, output_size=output_size, **options)))
+    ):
+        config = configure(type(self), MANNConfig, input_size, output_size=output_size, **options)
+        super().__init__(*layers(MANNCell, config, device=device, dtype=dtype))
 
 # %% ../../nbs/04a_oneshot.ipynb #dc787302
 @torch.no_grad()

@@ -30,7 +30,7 @@ from memory_notebook.core import (
     update_sparse_links,
     update_usage,
 )
-from ..sequence import Machine, MachineCell, MachineConfig
+from ..sequence import Machine, MachineCell, MachineConfig, carried, configure, layers
 
 # %% ../../nbs/06_dnc.ipynb #0710be67
 @dataclass
@@ -127,6 +127,7 @@ def masked_weights(
     return (scores * strengths.unsqueeze(-1)).softmax(-1)
 
 # %% ../../nbs/06_dnc.ipynb #fe0a0f44
+@carried
 class DNCState(NamedTuple):
     "What a machine carries from step to step."
     hidden: Tensor  # (b, hidden_size) of the controller
@@ -173,8 +174,8 @@ def read_weighting(
 # %% ../../nbs/06_dnc.ipynb #fd4f74c2
 class DNCCell(MachineCell):
     "One step of a Differentiable Neural Computer, called like `nn.LSTMCell`. Graves et al. 2016."
-    def __init__(self, config: DNCConfig):
-        super().__init__(config, InterfaceLayout(config))
+    def __init__(self, config: DNCConfig, device: Any = None, dtype: torch.dtype | None = None):
+        super().__init__(config, InterfaceLayout(config), device, dtype)
 
     def init_state(self, batch_size: int) -> DNCState:
         "The state before the first step, all empty; float32 where the parameters are of half precision."
@@ -188,7 +189,7 @@ class DNCCell(MachineCell):
             hidden=zeros(c.hidden_size),
             cell=zeros(c.hidden_size) if self.lstm else None,
             reads=zeros(c.read_heads, c.slot_dim),
-            memory=zeros(n, c.slot_dim),
+            memory=self.empty_memory(batch_size),
             usage=zeros(n),
             read_weights=zeros(c.read_heads, n),
             write_weights=zeros(n),
@@ -214,6 +215,11 @@ class DNCCell(MachineCell):
         new = DNCState(hidden, cell, reads, memory, usage, read_weights, write, precedence, links)
         return torch.cat([hidden, reads.flatten(1)], -1), new
 
+    def fused(self, driven: Tensor, state: DNCState) -> tuple[Tensor, DNCState]:
+        "All steps in one node of the graph, or in a few."
+        from memory_notebook.machines.dnc_fast import dnc_pass  # the chapter after this one
+        return dnc_pass(self, driven, state)
+
 # %% ../../nbs/06_dnc.ipynb #d41dcc93
 class DNC(Machine):
     "A Differentiable Neural Computer, called like `nn.LSTM(batch_first=True)`. Graves et al. 2016."
@@ -223,24 +229,13 @@ class DNC(Machine):
         memory_slots: int = 128,  # n
         slot_dim: int = 20,  # w
         output_size: int | None = None,  # None: as wide as the input
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         **options: Any,  # the rest of `DNCConfig`
     ):
-        config = DNCConfig(input_size, hidden_size, memory_slots, slot_dim, output_size, **options)
-        super().__init__(DNCCell(config))
-
-    def _drive(self, x: Tensor, state: DNCState | None) -> tuple[Tensor, DNCState]:
-        driven, state = super()._drive(x, state)
-        c = self.config
-        want = SparseLinks if c.sparse_links else Tensor if c.links else type(None)
-        if not isinstance(state.links, want):
-            got = type(state.links).__name__
-            raise ValueError(f"expected links of type {want.__name__}, got {got}: use init_state({len(x)})")
-        return driven, state
-
-    def _fused(self, driven: Tensor, state: DNCState) -> tuple[Tensor, DNCState]:
-        "All steps in one node of the graph, or in a few."
-        from memory_notebook.machines.dnc_fast import dnc_pass  # the chapter after this one
-        return dnc_pass(self.cell, driven, state)
+        config = configure(type(self), DNCConfig, input_size, hidden_size, memory_slots, slot_dim, output_size, **options)
+        super().__init__(*layers(DNCCell, config, device=device, dtype=dtype))
 
 
 DifferentiableNeuralComputer = DNC

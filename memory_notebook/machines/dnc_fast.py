@@ -25,6 +25,8 @@ from memory_notebook.machines.ntm_fast import (
     Buffer,
     ControllerRewind,
     ControllerTape,
+    gradients_by_steps,
+    last_backward,
     part_spans,
     softmax_back,
     step_weights,
@@ -451,34 +453,51 @@ def _backward(z: _Tape, recurrent: Tensor, interface: Tensor, d_out: Tensor, d_c
     return *d.gradients(z, recurrent), *controller, d.memory.mT, *addresses, precedence, d.links, *rest
 
 # %% ../../nbs/06a_dnc_fast.ipynb #8242c7b2
+def _flat(state: DNCState) -> list[Tensor | None]:
+    "The tensors of a state in a row."
+    return [*state[:-1], *(state.links if isinstance(state.links, SparseLinks) else [state.links])]
+
+
+def _form(flat: list[Tensor | None]) -> DNCState:
+    "The state again."
+    return DNCState(*flat[:8], SparseLinks(*flat[8:]) if len(flat) > 9 else flat[8])
+
+
 class _Sequence(torch.autograd.Function):
-    "A whole sequence as one node of the graph. It can be differentiated once."
+    "A whole sequence as one node of the graph; its second derivatives go through the steps."
     @staticmethod
-    def forward(ctx, config, layout, driven, recurrent, interface, bias, *flat):
+    def forward(ctx, machine, driven, recurrent, interface, bias, *flat):
+        config = machine.config
         keep = any(ctx.needs_input_grad)
         sparse = bool(config.sparse_links)
-        state = DNCState(*flat[:8], SparseLinks(*flat[8:]) if sparse else flat[8])
-        z = _forward(config, layout, driven, recurrent, interface, bias, state, keep)
+        z = _forward(config, machine.layout, driven, recurrent, interface, bias, _form(flat), keep)
+        out = z.out.all[1:]
         if keep:
+            ctx.cell = machine
             ctx.z = z
-            ctx.save_for_backward(recurrent, interface)
+            ctx.save_for_backward(out, driven, recurrent, interface, bias, *flat)
         last = lambda buffer: buffer.at[-1].clone()
         row = lambda buffer: buffer.at[-1].squeeze(1).clone()
         cell = last(z.cells) if z.lstm else None
         memory = z.memory.at[-1].mT.clone()
         precedence = row(z.precedence) if config.links else None
         links = [None]
-        if sparse: links = z.links[-1]
-        elif config.links: links = [z.links[-1][:]]
+        if sparse: links = [v.clone() for v in z.links[-1]]
+        elif config.links: links = [z.links[-1].clone()]
         if sparse: ctx.mark_non_differentiable(*links)
         addresses = last(z.usage), last(z.read_weights), row(z.write_weights)
-        return z.out.all[1:], cell, memory, *addresses, precedence, *links
+        return out, cell, memory, *addresses, precedence, *links
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
+        _, *inputs = ctx.saved_tensors  # autograd refuses them if they, or the output, were changed in place
         with torch.autocast(grads[0].device.type, enabled=False):
-            return None, None, *_backward(ctx.z, *ctx.saved_tensors, *grads)
+            if torch.is_grad_enabled():
+                results = lambda s: [s.cell, *_flat(s)[3:]]
+                return None, *gradients_by_steps(ctx.cell, inputs, _form, results, grads, ctx.needs_input_grad[1:])
+            z = ctx.z
+            if last_backward(): ctx.z = None
+            return None, *_backward(z, *inputs[1:3], *grads)
 
 # %% ../../nbs/06a_dnc_fast.ipynb #ac8c4958
 _LINK_BYTES = 2**21  # a batch with more of them, for each thread, is taken in parts
@@ -487,13 +506,11 @@ _LINK_BYTES = 2**21  # a batch with more of them, for each thread, is taken in p
 def _whole(cell: MachineCell, driven: Tensor, state: DNCState) -> tuple[Tensor, DNCState]:
     "All sequences in one node."
     c = cell.config
-    sparse = isinstance(state.links, SparseLinks)
-    flat = *state[:-1], *(state.links if sparse else [state.links])
     weights = step_weights(cell, driven.dtype)
-    out, last_cell, *rest = _Sequence.apply(c, cell.layout, driven, *weights, *flat)
-    hidden, reads = out[-1].split([c.hidden_size, c.read_heads * c.slot_dim], -1)
-    links = SparseLinks(*rest[5:]) if sparse else rest[5]
-    return out, type(state)(hidden, last_cell, reads.unflatten(-1, (c.read_heads, -1)), *rest[:5], links)
+    out, last_cell, *rest = _Sequence.apply(cell, driven, *weights, *_flat(state))
+    hidden = out[-1, :, :c.hidden_size].clone()  # apart from the tape, for the caller may change a state in place
+    reads = out[-1, :, c.hidden_size:].unflatten(-1, (c.read_heads, c.slot_dim)).clone()
+    return out, _form([hidden, last_cell, reads, *rest])
 
 
 def dnc_pass(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import content_weights, erase_add, interpolate, patch, read, sharpen, shift
-from ..sequence import Machine, MachineCell, MachineConfig
+from ..sequence import Machine, MachineCell, MachineConfig, carried, configure, layers
 
 # %% ../../nbs/05_ntm.ipynb #c9518bf1
 @dataclass
@@ -108,6 +108,7 @@ def address(
     return sharpen(shift(weights, params.shifts.flip(-1)), params.gammas.squeeze(-1))
 
 # %% ../../nbs/05_ntm.ipynb #820fd301
+@carried
 class NTMState(NamedTuple):
     "What a machine carries from step to step."
     hidden: Tensor  # (b, hidden_size) of the controller
@@ -119,8 +120,8 @@ class NTMState(NamedTuple):
 # %% ../../nbs/05_ntm.ipynb #4b0d14ae
 class NTMCell(MachineCell):
     "One step of a Neural Turing Machine, called like `nn.LSTMCell`. Graves et al. 2014."
-    def __init__(self, config: NTMConfig):
-        super().__init__(config, HeadLayout(config))
+    def __init__(self, config: NTMConfig, device: Any = None, dtype: torch.dtype | None = None):
+        super().__init__(config, HeadLayout(config), device, dtype)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -147,7 +148,7 @@ class NTMCell(MachineCell):
         if c.init == "tape": weights[..., 0] = 1
         else: weights.fill_(1 / c.memory_slots)
         cell = zeros(c.hidden_size) if self.lstm else None
-        memory = zeros(c.memory_slots, c.slot_dim) + 1e-6
+        memory = self.empty_memory(batch_size) + 1e-6
         return NTMState(zeros(c.hidden_size), cell, zeros(c.read_heads, c.slot_dim), memory, weights)
 
     def step(self, driven: Tensor, state: NTMState) -> tuple[Tensor, NTMState]:
@@ -159,6 +160,11 @@ class NTMCell(MachineCell):
         memory = erase_add(state.memory, weights[:, r:], params.erases, params.adds)
         return torch.cat([hidden, reads.flatten(1)], -1), NTMState(hidden, cell, reads, memory, weights)
 
+    def fused(self, driven: Tensor, state: NTMState) -> tuple[Tensor, NTMState]:
+        "All steps in one node of the graph."
+        from memory_notebook.machines.ntm_fast import ntm_pass  # the chapter after this one
+        return ntm_pass(self, driven, state)
+
 # %% ../../nbs/05_ntm.ipynb #4ecc09cc
 class NTM(Machine):
     "A Neural Turing Machine, called like `nn.LSTM(batch_first=True)`. Graves et al. 2014."
@@ -168,15 +174,13 @@ class NTM(Machine):
         memory_slots: int = 128,  # n
         slot_dim: int = 20,  # w
         output_size: int | None = None,  # None: as wide as the input
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         **options: Any,  # the rest of `NTMConfig`
     ):
-        config = NTMConfig(input_size, hidden_size, memory_slots, slot_dim, output_size, **options)
-        super().__init__(NTMCell(config))
-
-    def _fused(self, driven: Tensor, state: NTMState) -> tuple[Tensor, NTMState]:
-        "All steps in one node of the graph."
-        from memory_notebook.machines.ntm_fast import ntm_pass  # the chapter after this one
-        return ntm_pass(self.cell, driven, state)
+        config = configure(type(self), NTMConfig, input_size, hidden_size, memory_slots, slot_dim, output_size, **options)
+        super().__init__(*layers(NTMCell, config, device=device, dtype=dtype))
 
 
 NeuralTuringMachine = NTM
