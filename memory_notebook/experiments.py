@@ -66,8 +66,7 @@ CHAPTERS: dict[str, Chapter] = {
         "say a string back: machines with memory against an LSTM", "results_table",
     ),
     "experiment:copy-new-seeds": Chapter(
-        ".machines.machines", "copy_new_seeds",
-        "copy on seeds that no recipe was chosen on, the machines side by side", "results_table",
+        ".machines.machines", "copy_new_seeds", "copy on new seeds, the machines side by side", "results_table",
     ),
     "experiment:repeat-copy": Chapter(
         ".machines.machines", "repeat_copy_experiment",

@@ -76,7 +76,6 @@ class Practice:
         seed: int | tuple[int, ...] = 0,  # several: of machines side by side, each with a batch of its own
         curriculum: Curriculum | None = None,
         ragged: bool = False,  # True: lengths differ within a batch
-        short_sizes: tuple[int, int] | None = None,  # lowest and highest in the first quarter of the training
         long_sizes: tuple[int, int] | None = None,  # lowest and highest of long batches, after three fifths of it
         long_share: float = 0.3,  # of the batches
         **options: Any,  # further arguments of the task
@@ -91,7 +90,6 @@ class Practice:
         if "ragged" in inspect.signature(task.make).parameters: options["ragged"] = ragged
         self.options = options
         self.generator = torch.Generator().manual_seed(0 if isinstance(seed, tuple) else seed)
-        self.short_sizes = short_sizes
         self.long_sizes = long_sizes
         self.long_share = long_share
         self.long = False  # whether the batch drawn last is one of the long ones
@@ -112,7 +110,6 @@ class Practice:
         if self.long_sizes and self.done >= 0.6:
             self.long = torch.rand((), generator=self.generator).item() < self.long_share
         if self.long: return self.long_sizes
-        if self.short_sizes and self.done < 0.25: return self.short_sizes
         return None if self.curriculum is None else self.curriculum.size
 
     def _for_each(self, size: int | tuple[int, int] | None) -> TaskBatch:
@@ -151,7 +148,7 @@ def answer_step(model: nn.Module, batch: tuple[Tensor, TaskBatch], loss_fn: Any)
     output = model(x)[0]
     return _answer_costs(output, task, _machines_in(model)).sum(), output
 
-# %% ../nbs/00h_practice.ipynb #4e71446c
+# %% ../nbs/00h_practice.ipynb #268809d0
 @dataclass(frozen=True)
 class Recipe:
     "How a machine practises; the defaults are those of Graves et al. 2014, section 4.6, and one fall of the rate."
@@ -162,7 +159,6 @@ class Recipe:
     decay_below: float = 1.0  # bits per sequence
     cosine: bool = False  # instead of that, the learning rate falls to 0 along half a cosine
     keep: Literal["best", "last"] = "best"  # weights of the best epoch, or the last
-    short_sizes: tuple[int, int] | None = None  # lowest and highest in the first quarter of the run
     long_sizes: tuple[int, int] | None = None  # lowest and highest of the long batches, in the last two fifths
     long_share: float = 0.3  # of the batches
     long_slots: int | None = None  # memory slots for long batches; None: as for the others
@@ -224,8 +220,8 @@ class FollowRecipe(Callback):
     def before_fit(self, loop: Loop) -> None:
         config = getattr(loop.model, "config", None)
         for option, name in (("least_gamma", "least_gamma"), ("long_slots", "memory_slots")):
-            if getattr(self.recipe, option) and not hasattr(config, name):
-                raise ValueError(f"{type(loop.model).__name__} has no {name}: use a recipe without {option}")
+            if getattr(self.recipe, option) and (not hasattr(config, name) or getattr(config, "num_layers", 1) > 1):
+                raise ValueError(f"no {name} to set in a {type(loop.model).__name__}: use a recipe without {option}")
         self.slots = getattr(config, "memory_slots", None)
         self._look_ahead(loop)
 
@@ -318,7 +314,7 @@ def train_sequence(
     if together and (falls_alone or recipe.keep == "best" or stop_below is not None):
         raise ValueError("machines side by side begin, slow down and end together: use a recipe with keep='last' and "
                          "cosine=True or decay=1, and no stop_below")
-    sizes = {name: getattr(recipe, name) for name in ("short_sizes", "long_sizes", "long_share")}
+    sizes = {name: getattr(recipe, name) for name in ("long_sizes", "long_share")}
     stream = Practice(task, epoch, batch_size, seed, curriculum, **sizes, **options)
     epochs = max(1, math.ceil(sequences / (epoch * batch_size)))
     model.to(pick_device(device))  # before the optimizer looks for its parameters

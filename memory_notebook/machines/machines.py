@@ -287,13 +287,12 @@ _VARIANTS = {  # name -> options of the machine, recipe
 }
 _AFAR = 10, 20, 40, 80, 120  # vectors, in the examination
 
-# %% ../../nbs/06b_machines.ipynb #a9b6e18b
+# %% ../../nbs/06b_machines.ipynb #d9eeabf9
 def _practise_together(
     run: Run,
     kind: str,  # of `_VARIANTS`
     seeds: tuple[int, ...],
-    sequences: int,  # for each machine
-    device: str,
+    **how: Any,  # of the training: sequences (for each machine), batch_size, device
 ) -> list[dict[str, float]]:  # one row a seed
     "Machines of all seeds side by side on copy: train, then examine each."
     task = get_task("copy")
@@ -308,8 +307,7 @@ def _practise_together(
     together.config.memory_slots = slots
     file = run.checkpoint(kind)
     with cpu_seconds() as spent:
-        history = train_sequence(together, task, sequences=sequences, recipe=recipe, seed=seeds, device=device,
-                                 checkpoint=file)
+        history = train_sequence(together, task, recipe=recipe, seed=seeds, checkpoint=file, **how)
     together.config.memory_slots = options["memory_slots"]
     rows = []
     for i in range(len(seeds)):
@@ -320,13 +318,14 @@ def _practise_together(
         rows.append(row)
     return rows
 
-# %% ../../nbs/06b_machines.ipynb #2b10e35f
-@experiment("copy-new-seeds", help="copy on seeds that no recipe was chosen on, the machines side by side")
+# %% ../../nbs/06b_machines.ipynb #bf916e62
+@experiment("copy-new-seeds", help="copy on new seeds, the machines side by side")
 def copy_new_seeds(run: Run, *,
     model: tuple[str, ...] = ("ntm", "dnc"),  # with a hyphen: a recipe with one part left out, or the published one
     seed: int = 100,  # the first
     seeds: int = 10,  # how many
-    sequences: int = 40_000,  # to practise on; with the published recipe 60,000
+    sequences: int = 20_000,  # to practise on
+    batch_size: int = 8,  # with the published recipe, 16
     device: str = "auto",
 ) -> dict:
     "`<machine>.sure` (share of seeds below 0.1 bits at the end and for the last 5,000 sequences), and as `copy`."
@@ -335,10 +334,11 @@ def copy_new_seeds(run: Run, *,
     for kind in chosen(model, [*_VARIANTS, *published], "machine for this task"):
         all_seeds = tuple(range(seed, seed + seeds))
         if kind in published:
-            how = {"sequences": min(_SETTINGS["copy"].sequences, 3 * sequences // 2), "device": device}
-            once = partial(_practise, run, "copy", published[kind], sizes=_AFAR, **how)
+            once = partial(_practise, run, "copy", published[kind], sizes=_AFAR, sequences=sequences, device=device)
             rows[kind] = [run.unit(f"{kind}-seed{s}", partial(once, s)) for s in all_seeds]
-        else: rows[kind] = run.unit(kind, partial(_practise_together, run, kind, all_seeds, sequences, device))
+        else:
+            how = {"sequences": sequences, "batch_size": batch_size, "epoch": 800 // batch_size, "device": device}
+            rows[kind] = run.unit(kind, partial(_practise_together, run, kind, all_seeds, **how))
         for row in rows[kind]: row["sure"] = float(max(row["bits"], row["worst_last"]) < 0.1)
     return sweep_metrics(rows)
 
