@@ -74,6 +74,9 @@ CHAPTERS: dict[str, Chapter] = {
         ".machines.machines", "copy_experiment",
         "say a string back: machines with memory against an LSTM", "results_table",
     ),
+    "experiment:copy-new-seeds": Chapter(
+        ".machines.machines", "copy_new_seeds", "copy on new seeds, the machines side by side", "results_table",
+    ),
     "experiment:repeat-copy": Chapter(
         ".machines.machines", "repeat_copy_experiment",
         "say a string back several times and mark the end", "results_table",

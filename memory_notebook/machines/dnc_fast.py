@@ -256,7 +256,7 @@ def _forward(
     if config.sparse_links: z.links[0] = state.links
     elif config.links: z.links[0].copy_(state.links)
     for t, now in enumerate(driven.unbind(0)):
-        z.control(t, now, recurrent.T, interface.T, bias)
+        z.control(t, now, recurrent.mT, interface.mT, bias)
         _activate(z, t)
         _allocate(z, t)
         _write(z, t)
@@ -450,7 +450,7 @@ def _backward(z: _Tape, recurrent: Tensor, interface: Tensor, d_out: Tensor, d_c
     addresses = d.usage, d.read_weights, d.write_weights.squeeze(1)
     precedence = None if d.precedence is None else d.precedence.squeeze(1)
     rest = [None] if z.config.sparse_links else []
-    return *d.gradients(z), *controller, d.memory.mT, *addresses, precedence, d.links, *rest
+    return *d.gradients(z, recurrent), *controller, d.memory.mT, *addresses, precedence, d.links, *rest
 
 # %% ../../nbs/06a_dnc_fast.ipynb #8242c7b2
 def _flat(state: DNCState) -> list[Tensor | None]:
@@ -520,7 +520,8 @@ def dnc_pass(
 ) -> tuple[Tensor, DNCState]:  # (t, b, hidden_size + r * w) hidden states and reads, and the state after the last step
     "Sequences of a Differentiable Neural Computer, forward and backward written by hand."
     parts = 1
-    if driven.device.type == "cpu" and isinstance(state.links, Tensor):
+    alone = cell.recurrent.weight.dim() == 2  # no other machine in the batch
+    if driven.device.type == "cpu" and isinstance(state.links, Tensor) and alone:
         parts = min(len(state.links), math.ceil(state.links.nbytes / (_LINK_BYTES * torch.get_num_threads())))
     if parts <= 1: return _whole(cell, driven, state)
     columns = [[None] * parts if v is None else v.tensor_split(parts) for v in state]

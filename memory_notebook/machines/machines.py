@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['copy_experiment', 'repeat_copy_experiment', 'associative_experiment', 'ngram_experiment', 'priority_sort_experiment',
-           'copy_stream_experiment', 'traversal_experiment', 'show_results', 'results_table', 'record_walk']
+           'copy_stream_experiment', 'traversal_experiment', 'show_results', 'results_table', 'copy_new_seeds',
+           'record_walk']
 
 # %% ../../nbs/06b_machines.ipynb #2f40a456
 import math
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import torch
 from torch import nn
 
 from ..core import set_seed
-from ..practice import examine, train_sequence
+from ..practice import Recipe, examine, stack_machines, train_sequence, unstack_machine
 from memory_notebook.runs import (
     Run,
     chosen,
@@ -58,8 +60,7 @@ class _Setting:
     machines: dict[str, dict]  # name -> options, and `practice`, the slots it practises with
     batch_size: int = 16
     lr: float = 1e-3
-    decay: float = 0.3  # factor on the learning rate, once
-    decay_below: float = 1.0  # bits per sequence at which that happens
+    recipe: Recipe = Recipe(decay=0.3)
     task: dict[str, Any] = field(default_factory=dict)  # arguments of the task, in practice and examination
     exams: dict[str, dict] = field(default_factory=dict)  # beyond the task's own: name -> size and further arguments
 
@@ -81,7 +82,7 @@ _SETTINGS = {
     "copy": _Setting(60_000, _copy | {f"{k}-full": _copy[k] | {"practice": None} for k in ("ntm", "dnc")}),
     "repeat-copy": _Setting(40_000, _machines(), batch_size=4, lr=5e-4, exams={"long": {"size": 10, "length": 20}}),
     "associative": _Setting(60_000, _machines(slots=64, init="plain", ff=True), batch_size=8),
-    "ngram": _Setting(48_000, _machines(slots=48, init="plain"), decay_below=134.5),
+    "ngram": _Setting(48_000, _machines(slots=48, init="plain"), recipe=Recipe(decay=0.3, decay_below=134.5)),
     "priority-sort": _Setting(160_000, _machines(slots=32, heads=5, init="plain"), batch_size=8, lr=3e-4),
     "copy-stream": _Setting(60_000, _machines(slots=10), task={"length": (1, 8)}),
     "traversal": _Setting(60_000, _walk | {"dnc-ff-unlinked": _walk["dnc-ff"] | {"links": False}}, lr=3e-4),
@@ -103,6 +104,7 @@ def _milestones(history: History, points: int = 20) -> dict[str, float]:
         "to_tenth_bit": start,
         "to_hundredth_bit": first_below(0.01),
         "worst_after": max(after, default=-1.0),
+        "worst_last": max(b for b, s in zip(bits, seen) if s > seen[-1] - 5000),
     }
     every = math.ceil(len(bits) / points)
     for i in range(0, len(bits), every):
@@ -129,6 +131,7 @@ def _practise(
     name: str,  # of the task
     kind: str,  # of the machine
     seed: int,
+    sizes: tuple[int, ...] | None = None,  # of the examination; None: the task's
     **how: Any,  # of the training: sequences, batch_size, lr, device
 ) -> dict[str, float]:
     "One machine, one task, one seed: train, then examine."
@@ -139,17 +142,23 @@ def _practise(
     set_seed(seed)
     model = _make_machine(kind, task.d_in, task.d_out, **options)
     if slots: model.config.memory_slots = slots
-    how |= {"decay": setting.decay, "decay_below": setting.decay_below, "seed": seed} | setting.task
+    how |= {"recipe": setting.recipe, "seed": seed} | setting.task
     with cpu_seconds() as spent:
         history = train_sequence(model, task, checkpoint=run.checkpoint(f"{kind}-seed{seed}"), **how)
         if slots: model.config.memory_slots = options["memory_slots"]
         row = _fresh_bits(model, name, **setting.task) | _milestones(history)
     row |= {"sequences": history["sequences"][-1], "cpu_s": spent()}
-    exams = {str(n): {"size": n} | setting.task for n in task.test} | setting.exams
-    for label, exam in exams.items():
+    return row | _exams(model, name, sizes or task.test)
+
+
+def _exams(model: nn.Module, name: str, sizes: tuple[int, ...]) -> dict[str, float]:
+    "Cost and wrong bits at each size, and in the further examinations of the task."
+    setting = _SETTINGS[name]
+    row = {}
+    for label, exam in ({str(n): {"size": n} | setting.task for n in sizes} | setting.exams).items():
         given = dict(exam)
         size = given.pop("size")
-        score = examine(model, task, (size,), **given)[size]
+        score = examine(model, get_task(name), (size,), **given)[size]
         row |= {f"bits_at_{label}": score["bits"], f"bit_error_at_{label}": score["bit_error"]}
     return row
 
@@ -262,6 +271,78 @@ priority_sort_experiment = _register("priority-sort", "say the highest of twenty
 copy_stream_experiment = _register("copy-stream", "copy string after string with few slots: who tidies up?")
 traversal_experiment = _register("traversal", "follow edges on a graph that was told edge by edge")
 
+# %% ../../nbs/06b_machines.ipynb #4386fa51
+_SURE = Recipe(clip=None, norm=0.02, norm_ratio=1.0, cosine=True, keep="last",
+               long_sizes=(21, 40), long_slots=48, least_gamma=3.0)
+_shut = _copy["ntm"] | {"gate_bias": -6.0}
+_VARIANTS = {  # name -> options of the machine, recipe
+    "ntm": (_shut, _SURE),
+    "dnc": (_copy["dnc"], replace(_SURE, long_sizes=None, long_slots=None, least_gamma=None)),
+    "ntm-unbounded": (_shut, replace(_SURE, norm=None, clip=10.0)),
+    "ntm-fixed-bound": (_shut, replace(_SURE, norm_ratio=math.inf)),
+    "ntm-constant-rate": (_shut, replace(_SURE, cosine=False, decay=1.0)),
+    "ntm-open-gate": (_copy["ntm"], _SURE),
+    "ntm-no-long": (_shut, replace(_SURE, long_sizes=None, long_slots=None)),
+    "ntm-free-gamma": (_shut, replace(_SURE, least_gamma=None)),
+}
+_AFAR = 10, 20, 40, 80, 120  # vectors, in the examination
+
+# %% ../../nbs/06b_machines.ipynb #d9eeabf9
+def _practise_together(
+    run: Run,
+    kind: str,  # of `_VARIANTS`
+    seeds: tuple[int, ...],
+    **how: Any,  # of the training: sequences (for each machine), batch_size, device
+) -> list[dict[str, float]]:  # one row a seed
+    "Machines of all seeds side by side on copy: train, then examine each."
+    task = get_task("copy")
+    options, recipe = _VARIANTS[kind]
+    options = dict(options)
+    slots = options.pop("practice")
+    machines = []
+    for seed in seeds:
+        set_seed(seed)
+        machines.append(_make_machine(kind, task.d_in, task.d_out, **options))
+    together = stack_machines(machines)
+    together.config.memory_slots = slots
+    file = run.checkpoint(kind)
+    with cpu_seconds() as spent:
+        history = train_sequence(together, task, recipe=recipe, seed=seeds, checkpoint=file, **how)
+    together.config.memory_slots = options["memory_slots"]
+    rows = []
+    for i in range(len(seeds)):
+        machine = unstack_machine(together, i)
+        own = {"bits": [bits[i] for bits in history["bits"]], "sequences": history["sequences"]}
+        row = _fresh_bits(machine, "copy") | _milestones(own, len(own["bits"]))
+        row |= {"sequences": own["sequences"][-1], "cpu_s": spent() / len(seeds)} | _exams(machine, "copy", _AFAR)
+        rows.append(row)
+    return rows
+
+# %% ../../nbs/06b_machines.ipynb #0d7f30a8
+@experiment("copy-new-seeds", help="copy on new seeds, the machines side by side")
+def copy_new_seeds(run: Run, *,
+    model: tuple[str, ...] = ("ntm", "dnc"),  # with a hyphen: a recipe with one part left out, or the published one
+    seed: int = 100,  # the first
+    seeds: int = 10,  # how many
+    sequences: int = 30_000,  # to practise on; with the published recipe, twice as many
+    batch_size: int = 8,  # with the published recipe, 16
+    device: str = "auto",
+) -> dict:
+    "`<machine>.sure` (share of seeds below 0.1 bits at the end and for the last 5,000 sequences), and as `copy`."
+    published = {f"{kind}-published": kind for kind in ("ntm", "dnc")}
+    rows = {}
+    for kind in chosen(model, [*_VARIANTS, *published], "machine for this task"):
+        all_seeds = tuple(range(seed, seed + seeds))
+        if kind in published:
+            how = {"sequences": 2 * sequences, "device": device}
+            once = partial(_practise, run, "copy", published[kind], sizes=_AFAR, **how)
+            rows[kind] = [run.unit(f"{kind}-seed{s}", partial(once, s)) for s in all_seeds]
+        else:
+            how = {"sequences": sequences, "batch_size": batch_size, "epoch": 800 // batch_size, "device": device}
+            rows[kind] = run.unit(kind, partial(_practise_together, run, kind, all_seeds, **how))
+        for row in rows[kind]: row["sure"] = float(max(row["bits"], row["worst_last"]) < 0.1)
+    return sweep_metrics(rows)
+
 # %% ../../nbs/06b_machines.ipynb #7c1e52a6
 def record_walk(
     path: str | Path | None = None,  # where the record is kept as JSON; None: nowhere
@@ -273,7 +354,7 @@ def record_walk(
     task = get_task("traversal")
     options = {k: v for k, v in setting.machines["dnc-ff"].items() if k != "practice"}
     walker = _make_machine("dnc-ff", task.d_in, task.d_out, **options)
-    how = {"batch_size": setting.batch_size, "lr": setting.lr, "decay": setting.decay, "device": "cpu"}
+    how = {"batch_size": setting.batch_size, "lr": setting.lr, "recipe": setting.recipe, "device": "cpu"}
     train_sequence(walker, task, sequences=sequences or setting.sequences, **how)
     walk = task.sample(1, 5, torch.Generator().manual_seed(3), nodes=6)
     y, _, seen = walker.trace(walk.x)

@@ -26,10 +26,13 @@ class NTMConfig(MachineConfig):
     addressing: Literal["hybrid", "content", "location"] = "hybrid"  # content: eqs. 5-6 only; location: eqs. 8-9 only
     init: Literal["tape", "plain"] = "tape"  # heads begin on slot 0, the write head walks on; or spread over all slots
     bounded: bool = True  # tanh on keys and add vectors
+    gate_bias: float = -3.0  # of the gates at first, with init="tape"; the lower, the less content moves a head
+    least_gamma: float = 1.0  # sharpening, at least
 
     def __post_init__(self):
         super().__post_init__()
         if self.write_heads < 1: raise ValueError(f"write_heads is {self.write_heads}: expected at least 1")
+        if self.least_gamma < 1: raise ValueError(f"least_gamma is {self.least_gamma}: expected at least 1")
         if not 0 <= 2 * self.max_shift < self.memory_slots:
             raise ValueError(f"max_shift is {self.max_shift}: expected at least 0, and 2 * max_shift + 1 moves "
                              f"for at most {self.memory_slots} slots")
@@ -84,7 +87,7 @@ class HeadLayout:
             erases=torch.sigmoid,
             gates=torch.sigmoid,
             strengths=F.softplus,
-            gammas=lambda v: 1 + F.softplus(v),
+            gammas=lambda v: self.config.least_gamma + F.softplus(v),
             shifts=lambda v: v.softmax(-1),
         )
         return HeadParams(*(None if v is None else f(v) for f, v in zip(ranges, self.split(vector))))
@@ -132,7 +135,7 @@ class NTMCell(MachineCell):
         bias = self.layout.split(self.interface.bias)
         s = self.config.max_shift
         r = self.config.read_heads
-        if bias.gates is not None: bias.gates.fill_(-3)
+        if bias.gates is not None: bias.gates.fill_(self.config.gate_bias)
         if bias.shifts is not None and s:
             bias.shifts[:r, s] += 3
             bias.shifts[r:, s - 1] += 3

@@ -57,6 +57,32 @@ def part_spans(
         first += count
     return spans
 
+# %% ../../nbs/05a_ntm_fast.ipynb #431398cf
+def _add_product(
+    base: Tensor,  # (b, k), or a bias: (k), (m, 1, k) for m machines
+    rows: Tensor,  # (b, i)
+    weight: Tensor,  # (i, k), or (m, i, k): a weight for each machine, whose rows are neighbours
+    out: Tensor,  # (b, k), may be `base`
+) -> None:
+    "`base + rows @ weight`."
+    if weight.dim() == 2:
+        torch.addmm(base, rows, weight, out=out)
+        return
+    m = len(weight)
+    into = out.view(m, -1, out.shape[-1])
+    if base is out: base = into
+    elif base.dim() == 2: base = base.view(m, -1, base.shape[-1])
+    torch.baddbmm(base, rows.view(m, -1, rows.shape[-1]), weight, out=into)
+
+
+def _rows_of_steps(
+    x: Tensor,  # (t, b, d)
+    weight: Tensor,  # that they met
+) -> Tensor:  # (t * b, d), or (m, t * b / m, d) where there is a weight for each machine
+    "All steps of all sequences that met the same weight, below each other."
+    if weight.dim() == 2: return x.flatten(0, 1)
+    return x.unflatten(1, (len(weight), -1)).transpose(0, 1).flatten(1, 2)
+
 # %% ../../nbs/05a_ntm_fast.ipynb #ba52a311
 class ControllerTape:
     "What the controller did at every step; a machine adds what its memory did."
@@ -105,7 +131,7 @@ class ControllerTape:
 
     def control(self, t: int, driven: Tensor, recurrent: Tensor, interface: Tensor, bias: Tensor) -> None:
         "Controller and interface, not yet in its ranges; the weights are transposed."
-        torch.addmm(driven, self.fed_back[t], recurrent, out=self.gates.at[t])
+        _add_product(driven, self.fed_back[t], recurrent, out=self.gates.at[t])
         hidden = self.hidden[t + 1]
         if self.lstm:
             self.oif[t].sigmoid_()
@@ -114,7 +140,7 @@ class ControllerTape:
             torch.mul(self.o[t], torch.tanh(cell, out=self.tanh_cells.at[t]), out=hidden)
         else:
             torch.tanh(self.gates.at[t], out=hidden)
-        torch.addmm(bias, hidden, interface, out=self.params.at[t])
+        _add_product(bias, hidden, interface, out=self.params.at[t])
 
 # %% ../../nbs/05a_ntm_fast.ipynb #8376d599
 class ControllerRewind:
@@ -156,7 +182,8 @@ class ControllerRewind:
 
     def control(self, z: ControllerTape, t: int, recurrent: Tensor, interface: Tensor) -> None:
         "One step back, from the gradient of the interface to that of what was fed back."
-        hidden = self.hidden[t + 1].addmm_(self.params.at[t].mul_(self.slopes[t]), interface)
+        hidden = self.hidden[t + 1]
+        _add_product(hidden, self.params.at[t].mul_(self.slopes[t]), interface, out=hidden)
         if z.lstm:
             self.cell.addcmul_(hidden, self.cell_slope[t])
             self.d_o[t].mul_(hidden)
@@ -164,16 +191,16 @@ class ControllerRewind:
             self.cell.mul_(self.forget[t])
         else:
             self.gates.at[t].mul_(hidden)
-        self.fed_back[t].addmm_(self.gates.at[t], recurrent)
+        _add_product(self.fed_back[t], self.gates.at[t], recurrent, out=self.fed_back[t])
 
-    def gradients(self, z: ControllerTape) -> tuple[Tensor, ...]:
+    def gradients(self, z: ControllerTape, recurrent: Tensor) -> tuple[Tensor, ...]:
         "When all steps are done: gradients of the driven inputs, the two weights, and the interface's bias."
         H = z.config.hidden_size
-        params = self.params.all.flatten(0, 1)
-        gates = self.gates.all.flatten(0, 1)
-        hidden = z.out.all[1:, :, :H].flatten(0, 1)
-        fed_back = (z.out.all[:-1] if z.lstm else z.out.all[:-1, :, H:]).flatten(0, 1)
-        return self.gates.all, gates.T @ fed_back, params.T @ hidden, params.sum(0)
+        params = _rows_of_steps(self.params.all, recurrent)
+        gates = _rows_of_steps(self.gates.all, recurrent)
+        hidden = _rows_of_steps(z.out.all[1:, :, :H], recurrent)
+        fed_back = _rows_of_steps(z.out.all[:-1] if z.lstm else z.out.all[:-1, :, H:], recurrent)
+        return self.gates.all, gates.mT @ fed_back, params.mT @ hidden, params.sum(-2, keepdim=recurrent.dim() == 3)
 
 # %% ../../nbs/05a_ntm_fast.ipynb #e8cb2c46
 def softmax_back(d_y: Tensor, y: Tensor) -> Tensor:
@@ -228,6 +255,7 @@ class _Tape(ControllerTape):
         super().__init__(config, sum(layout.sizes), driven, keep)
         self.layout = layout
         self.n = slots
+        self.least = config.least_gamma if layout.location else 1  # as it is now, for it may change
         T = self.steps
         n = slots
         w = config.slot_dim
@@ -272,6 +300,7 @@ def _activate(z: _Tape, t: int) -> None:
     if z.config.bounded: z.bounded[t].tanh_()
     z.opened[t].sigmoid_()
     F.softplus(z.positive[t], out=z.positive[t])
+    if z.least > 1: z.p.gammas[t].add_(z.least - 1)
 
 # %% ../../nbs/05a_ntm_fast.ipynb #32ff6147
 def _by_content(z: _Tape, t: int) -> None:
@@ -331,7 +360,7 @@ def _forward(
     z.memory.at[0].copy_(state.memory.mT)
     z.weights.at[0].copy_(state.weights)
     for t, now in enumerate(driven.unbind(0)):
-        z.control(t, now, recurrent.T, interface.T, bias)
+        z.control(t, now, recurrent.mT, interface.mT, bias)
         _activate(z, t)
         if layout.content: _by_content(z, t)
         if layout.location: _by_location(z, t)
@@ -347,6 +376,7 @@ def _param_slopes(z: _Tape) -> Tensor:
     if z.config.bounded: slope[..., tanh] = 1 - y[..., tanh].square()
     slope[..., sigmoid] = y[..., sigmoid] * (1 - y[..., sigmoid])
     slope[..., softplus] = -torch.expm1(-y[..., softplus])
+    if z.least > 1: z.layout.split(slope).gammas.copy_(-torch.expm1(z.least - 1 - z.layout.split(y).gammas))
     z.layout.split(slope).erases.neg_()
     return slope
 
@@ -469,7 +499,7 @@ def _backward(z: _Tape, recurrent: Tensor, interface: Tensor, *grads: Tensor) ->
         d_content = _by_location_back(z, d, t) if z.layout.location else d.weights
         if z.layout.content: _by_content_back(z, d, t, d_content)
         d.control(z, t, recurrent, interface)
-    return *d.gradients(z), d.hidden[0], d.cell, d.reads[0], d.memory.mT, d.weights
+    return *d.gradients(z, recurrent), d.hidden[0], d.cell, d.reads[0], d.memory.mT, d.weights
 
 # %% ../../nbs/05a_ntm_fast.ipynb #e5413705
 class _Sequence(torch.autograd.Function):
