@@ -179,7 +179,7 @@ CASES: dict[str, Case] = {
     "XdG": Case(_named(".continual.families", "XdG", 6, 2, 2, (8,), 0.5), _with_context),
     "SeparateNetworks": Case(_named(".continual.families", "SeparateNetworks", 6, 2, 2, (8,)), _with_context),
     "SLDA": Case(_slda, _vectors),
-    "MLP": Case(_named(".streams", "MLP", 6, 2, (8,)), _vectors),
+    "MLP": Case(_named(".learner", "MLP", 6, 2, (8,)), _vectors),
     "LSTM": Case(_named(".practice", "LSTM", 6, 8), _sequences, _lstm),
     "NTM": Case(_named(".machines.ntm", "NTM", 6, **_MACHINE), _sequences),
     "NTMCell": Case(_cell(".machines.ntm", "NTM", 6, **_MACHINE), _vectors),

@@ -488,40 +488,53 @@ _COLOURS = {
     "sparse": "#0072B2",
     "full": "#D55E00",
     "lora": "#E69F00",
+    "ffn": "#CC79A7",
     "replay": "#009E73",
     "all_values": "#56B4E9",
-    "ffn": "#CC79A7",
     "tf": "#999999",
     "random": "#666666",
     "memory_full": "#000000",
-    "sparse_8": "#0072B2",
-    "sparse_96": "#0072B2",
 }
+
+
+def _style(name: str) -> tuple[str, str]:  # of a line: colour, dashes
+    "A variant has the colour of its method; the other optimiser is dashed, another number of rows dotted."
+    method = next(m for m in sorted(_COLOURS, key=len, reverse=True) if name.startswith(m))
+    if name == method: return _COLOURS[method], "-"
+    return _COLOURS[method], "--" if name.endswith(("_sgd", "_adamw")) else ":"
+
+
+def _searched(metrics: dict[str, Any], regime: str, name: str) -> dict[float, dict[str, float]]:
+    "Learning rates that were tried, rising, and what the model knew after each."
+    head = f"search.{regime}.{name}.lr"
+    rates = sorted(float(k[len(head):-4]) for k in metrics if k.startswith(head) and k.endswith(".new"))
+    return {lr: {k: metrics[f"{head}{lr:g}.{k}"] for k in ("new", "old")} for lr in rates}
 
 
 def frontier_figure(
     metrics: dict[str, Any],  # of a run or of a stored result
     regime: Literal["sequence", "batches"] = "sequence",
-    place: int | None = None,  # mark this learning rate of each method, counted from the lowest
+    step: int | None = None,  # mark each method at its best rate (0), one step of the grid below (-1) or above (1)
 ):
     "New facts against old ones, a line for each method."
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(5.2, 3.6), dpi=90, layout="constrained")
+    fig = Figure(figsize=(6.4, 3.8), dpi=90, layout="constrained")
     ax = fig.subplots()
-    for name, colour in _COLOURS.items():
-        head = f"{regime}.{name}.lr"
-        points = {}
-        for k in metrics:
-            if k.startswith(head) and k.endswith(".new"):
-                points[float(k[len(head):-4])] = [metrics[k], metrics[k[:-4] + ".old"]]
-        if not points: continue
-        rates = sorted(points)
-        means = [[v["mean"] for v in points[r]] for r in rates]
-        ax.plot(*zip(*means), {"sparse_8": ":", "sparse_96": "--"}.get(name, "-"), color=colour, lw=1.2, label=name)
-        for r in rates: ax.plot(*(v["values"] for v in points[r]), ".", color=colour, ms=6)
-        if place is not None and place < len(rates):
-            ax.plot(*means[place], "o", color=colour, ms=11, mfc="none")
-            ax.annotate(f"{rates[place]:g}", means[place], (6, 4), textcoords="offset points", fontsize=8)
+    for name in _METHODS:
+        tried = _searched(metrics, regime, name)
+        if not tried: continue
+        colour, dashes = _style(name)
+        points = [(s["new"], s["old"]) for s in tried.values()]
+        ax.plot(*zip(*points), dashes, color=colour, lw=1.1, label=name)
+        head = name if regime == "sequence" else f"{regime}.{name}"
+        if f"{head}.new" in metrics:
+            ax.plot(*(metrics[f"{head}.{k}"]["values"] for k in ("new", "old")), ".", color=colour, ms=7)
+        if step is None: continue
+        rates = list(tried)
+        place = rates.index(max(tried, key=lambda lr: _balance(tried[lr]))) + step
+        if not 0 <= place < len(rates): continue
+        ax.plot(*points[place], "o", color=colour, ms=10, mfc="none")
+        ax.annotate(f"{rates[place]:g}", points[place], (6, 4), textcoords="offset points", fontsize=7)
     ax.set(xlabel="new facts known (share)", ylabel="old facts known (share)", xlim=(-.03, 1.03), ylim=(-.03, 1.03))
-    ax.legend(frameon=False, fontsize=8)
+    fig.legend(loc="outside right upper", frameon=False, fontsize=8)
     return fig
