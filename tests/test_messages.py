@@ -51,5 +51,5 @@ def test_a_memory_without_a_tokenizer():
     from transformers import GPT2Config, GPT2LMHeadModel
     sizes = dict(vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(GPT2Config(**sizes))
-    for wrong in (None, "gpt2"):
-        assert "expected the model's tokenizer, got" in refused(lambda: m.with_memory(model, wrong))
+    assert "expected the model's tokenizer, got NoneType" in refused(lambda: m.with_memory(model, None))
+    assert "expected the model's tokenizer, got str" in refused(lambda: m.with_memory(model, "gpt2"))

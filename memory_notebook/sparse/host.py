@@ -142,7 +142,7 @@ def _host_class(host: Host, base: type[PreTrainedModel]) -> type[PreTrainedModel
 
     Model.__name__ = Model.__qualname__ = f"{base.__name__}With{host.name.capitalize()}"
     about = f"\n\n{host.mixin.__doc__.splitlines()[0]}" if host.mixin and host.mixin.__doc__ else ""
-    Model.__doc__ = f"The `{base.__name__}` of transformers with a {host.name}: `from_pretrained(folder or name)`.{about}"
+    Model.__doc__ = f"`{base.__name__}` of transformers with a {host.name}: `from_pretrained(folder or name)`.{about}"
     _register(Model, base)
     return Model
 
