@@ -13,11 +13,12 @@ from .data import load_digits, load_mnist
 from .language.bank import MemoryBank
 from .language.gpt2 import ContinualLearningGPT2, ContinualLearningLlama, with_memory
 from .language.reads import SimpleMemoryAttention
+from .learner import Learner
 from .machines.dnc import DNC, DifferentiableNeuralComputer, DNCCell, DNCConfig
 from .machines.ntm import NTM, NeuralTuringMachine, NTMCell, NTMConfig
 from .runs import load_result, run_experiment
 from .sparse.engram import Engram, EngramConfig, add_engram
 from .sparse.finetuning import SparseFinetuner, add_memory_layers
 from .sparse.sparse import ProductKeyConfig, ProductKeyMemory
-from .streams import Learner, rotated_stream, split_stream
+from .streams import rotated_stream, split_stream
 from .train import MemoryTrainer, fit, load_checkpoint, save_checkpoint

@@ -7,12 +7,15 @@ __all__ = ['Sines', 'sinusoids', 'sine_net', 'MetaLearner', 'annealed', 'train_s
 
 # %% ../../nbs/04_meta.ipynb #58df592a
 import math
+import warnings
+from contextlib import ExitStack
 from typing import Any, Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core import check_finite, detach, patch, set_seed
 from ..runs import Run, chosen, cpu_seconds, experiment, sweep, sweep_metrics
@@ -53,9 +56,9 @@ _ALGORITHMS = ("maml", "fomaml", "anil", "reptile")
 
 # %% ../../nbs/04_meta.ipynb #ccb93bad
 def _inner_names(model: nn.Module, algorithm: str, inner: list[str] | None) -> list[str]:
-    "Which parameters adapt: all, the named ones, or for ANIL the module that owns the last parameter."
-    names = [n for n, _ in model.named_parameters()]
-    if not names: raise ValueError("the model has no parameters: there is nothing to adapt")
+    "Which parameters adapt: all, the named ones, or for ANIL the module that owns the last one; frozen ones never do."
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    if not names: raise ValueError("the model has no parameters that are trained: there is nothing to adapt")
     if inner is None and algorithm == "anil": inner = [names[-1].rpartition(".")[0]]
     if inner is None: return names
     adapting = [n for n in names if any(n == i or n.startswith(i + ".") for i in inner)]
@@ -112,6 +115,7 @@ class MetaLearner(nn.Module):
         self.inner_steps = inner_steps
         self.algorithm = algorithm
         self.loss_fn = loss_fn
+        self.one_by_one = False  # tasks cannot stand side by side; found out at the first call
         self.inner_names = _inner_names(model, algorithm, inner_params)
         rates = next(model.parameters()).new_full((len(self.inner_names),), float(inner_lr)).detach()
         if learn_inner_lr: self.rates = nn.Parameter(rates)
@@ -119,7 +123,7 @@ class MetaLearner(nn.Module):
 
     def start(self) -> dict[str, Tensor]:
         "The slow weights from which adaptation begins."
-        return {n: p for n, p in self.model.named_parameters() if n in self.inner_names}
+        return {n: p for n, p in self.model.named_parameters() if n in self.inner_names and p.requires_grad}
 
     def forward(self, x: Tensor, params: dict[str, Tensor] | None = None) -> Any:
         "The model's output, with fast weights in place of its own where given."
@@ -132,12 +136,35 @@ class MetaLearner(nn.Module):
     def _adapt(self, x: Tensor, y: Tensor, steps: int | None, lr: float | None) -> dict[str, Tensor]:
         "Gradient descent on the fast weights; differentiable back to the slow ones."
         fast = self.start()
-        rates = self.rates.unbind() if lr is None else [lr] * len(self.inner_names)
+        rates = dict(zip(self.inner_names, self.rates.unbind() if lr is None else [lr] * len(self.inner_names)))
         for _ in range(self.inner_steps if steps is None else steps):
             grads = grad(self.loss)(fast, x, y)  # with respect to the fast weights
             if self.algorithm in ("fomaml", "reptile"): grads = detach(grads)
-            fast = {n: p - rate * grads[n] for (n, p), rate in zip(fast.items(), rates)}
+            fast = {n: p - rates[n] * grads[n] for n, p in fast.items()}
         return fast
+
+    def _twice(self) -> ExitStack:
+        "Kernels that can be differentiated twice, where that is needed: attention and, on CUDA, recurrent layers."
+        stack = ExitStack()
+        if self.algorithm in ("maml", "anil"):
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            recurrent = any(isinstance(m, nn.RNNBase) for m in self.model.modules())
+            if recurrent: stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        return stack
+
+    def _over_tasks(self, task: Callable, *tensors: Tensor) -> Any:
+        "A function of every task: side by side, or one after the other where the model's operations cannot."
+        with self._twice():
+            if not self.one_by_one:
+                try: return vmap(task, randomness="different")(*tensors)
+                except (RuntimeError, NotImplementedError) as e: why = str(e).split("\n")[0]
+            results = [task(*parts) for parts in zip(*tensors)]
+        if not self.one_by_one:
+            warnings.warn(f"this model cannot take tasks side by side ({why}): they run one after another, which is "
+                          "right but slower", stacklevel=4)
+            self.one_by_one = True
+        if isinstance(results[0], dict): return {n: torch.stack([r[n] for r in results]) for n in results[0]}
+        return torch.stack(results)
 
 # %% ../../nbs/04_meta.ipynb #dc9fbc9b
 @patch
@@ -149,7 +176,7 @@ def adapt(self: MetaLearner,
 ) -> dict[str, Tensor]:  # fast weights by name, for `learner(x, params)`
     "Fast weights for one task. Finn et al. 2017, section 2.2."
     _check_tasks((x, y), batched=False)
-    return self._adapt(x, y, steps, lr)
+    with self._twice(): return self._adapt(x, y, steps, lr)
 
 
 @patch
@@ -161,7 +188,7 @@ def adapt_tasks(self: MetaLearner,
 ) -> dict[str, Tensor]:  # every fast weight with the axis of tasks in front
     "Fast weights for many tasks at once."
     _check_tasks((x, y))
-    return vmap(lambda a, b: self._adapt(a, b, steps, lr), randomness="different")(x, y)
+    return self._over_tasks(lambda a, b: self._adapt(a, b, steps, lr), x, y)
 
 
 @patch
@@ -176,7 +203,7 @@ def outer_losses(self: MetaLearner,
     "What the slow weights are judged by, all tasks at once. Finn et al. 2017, algorithm 1."
     _check_tasks((x, y), (xq, yq))
     task = lambda a, b, c, d: self.loss(self._adapt(a, b, steps, lr), c, d)
-    return vmap(task, randomness="different")(x, y, xq, yq)
+    return self._over_tasks(task, x, y, xq, yq)
 
 # %% ../../nbs/04_meta.ipynb #ee378be2
 @patch
@@ -190,7 +217,9 @@ def meta_step(self: MetaLearner,
         with torch.no_grad():
             fast = self.adapt_tasks(x, y)
             for n, p in self.start().items(): p.grad = p - fast[n].mean(0)
-            loss = vmap(self.loss)(fast, xq, yq).mean()
+            names = list(fast)
+            task = lambda a, b, *weights: self.loss(dict(zip(names, weights)), a, b)
+            loss = self._over_tasks(task, xq, yq, *fast.values()).mean()
     else:
         loss = self.outer_losses(x, y, xq, yq).mean()
         loss.backward()

@@ -7,7 +7,8 @@ __all__ = ['REPLAY_STRATEGIES', 'ExperienceStore', 'ring', 'reservoir', 'fair_sh
            'anneal_beta', 'ReplaySample', 'ReplayBuffer', 'PriorityDraw', 'explain_draw', 'show_draw']
 
 # %% ../../nbs/03_replay.ipynb #aa7086f0
-from typing import NamedTuple
+import operator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,15 +38,21 @@ def _check_rows(rows: dict, held: dict) -> tuple[dict, int]:
     return rows, sizes[0]
 
 # %% ../../nbs/03_replay.ipynb #3630a78f
+def _whole(what: str, n: Any) -> int:
+    "A whole number of at least 1, of any integer type."
+    try: whole = operator.index(n)
+    except TypeError: whole = 0
+    if whole < 1: raise ValueError(f"{what}: expected a whole number ≥ 1, got {n!r}")
+    return whole
+
+
 class ExperienceStore:
     "Rows of several tensors, allocated by the first write."
     def __init__(self,
         capacity: int,  # rows
         device: torch.device | str | None = None,  # where the rows lie; default: where the first batch lies
     ):
-        if not isinstance(capacity, int) or capacity < 1:
-            raise ValueError(f"capacity: expected a whole number ≥ 1, got {capacity!r}")
-        self.capacity = capacity
+        self.capacity = _whole("capacity", capacity)
         self.device = device
         self.data = {}
 
@@ -251,7 +258,7 @@ class Priorities:
     ) -> np.ndarray:  # (b,) p
         "Refuse priorities that cannot be; raise the others to α."
         if priority is None: return np.full(n, self.largest)
-        p = priority.detach().cpu().numpy() if isinstance(priority, Tensor) else np.asarray(priority)
+        p = priority.detach().double().cpu().numpy() if isinstance(priority, Tensor) else np.asarray(priority)
         p = p.astype(np.float64).reshape(-1)
         if len(p) != n: raise ValueError(f"priority: expected one number per item ({n}), got {len(p)}")
         if n and not (p.min() >= 0 and p.max() < np.inf):
@@ -314,6 +321,7 @@ class ReplayBuffer:
         strategy = {"prioritized": "prioritised"}.get(strategy, strategy)
         if strategy not in REPLAY_STRATEGIES:
             raise ValueError(f"strategy: expected one of {', '.join(REPLAY_STRATEGIES)}, got {strategy!r}")
+        capacity = _whole("capacity", capacity)
         self.config = dict(capacity=capacity, strategy=strategy, alpha=alpha, eps=eps, label=label)
         self.capacity = capacity
         self.strategy = strategy
@@ -349,11 +357,13 @@ class ReplayBuffer:
     def sample(self,
         n: int,  # experiences to draw
         beta: float | None = None,  # strength of the importance weights
+        replace: bool = True,  # False: n different experiences
     ) -> ReplaySample:
-        "Draw `n` experiences with replacement."
-        if not isinstance(n, int) or n < 1: raise ValueError(f"sample: expected a whole number ≥ 1, got {n!r}")
+        "Draw `n` experiences, by priority if there are priorities above zero."
+        n = _whole("sample", n)
         if not len(self): raise ValueError("sample: the buffer is empty; push or extend first")
-        if self.priorities is None:
+        if not replace: idx, weights = self._different(n, self.beta if beta is None else beta)
+        elif self.priorities is None or not self.priorities.tree.running()[-1] > 0:
             idx = torch.randint(len(self), (n,), generator=self.generator)
             weights = torch.ones(n)
         else:
@@ -401,6 +411,75 @@ def update(self: ReplayBuffer,
     if len(idx) and not 0 <= idx.min() <= idx.max() < len(self):
         raise ValueError(f"update: expected slots from 0 to {len(self) - 1}, got {idx.min()} to {idx.max()}")
     self.priorities.put(idx, self.priorities.check(priority, len(idx)))
+
+# %% ../../nbs/03_replay.ipynb #bf6fcbeb
+@patch
+def _different(self: ReplayBuffer, n: int, beta: float) -> tuple[Tensor, Tensor]:
+    "Slots of `n` different experiences, and their weights."
+    if n > len(self): raise ValueError(f"sample: {n} different experiences of {len(self)}; draw fewer, or with repetition")
+    if self.priorities is None or not self.priorities.tree.running()[-1] > 0:
+        return torch.randperm(len(self), generator=self.generator)[:n], torch.ones(n)
+    p = torch.from_numpy(self.priorities.tree.levels[-1][:len(self)])
+    if (p > 0).sum() < n: raise ValueError(f"sample: only {int((p > 0).sum())} experiences have a priority above zero")
+    wait = torch.empty_like(p).exponential_(generator=self.generator) / p
+    idx = wait.topk(n, largest=False).indices
+    return idx, ((p[idx].min() / p[idx]) ** beta).float()
+
+# %% ../../nbs/03_replay.ipynb #8134b075
+@patch
+def __getitem__(self: ReplayBuffer, i: int | slice | Tensor) -> tuple | dict:
+    "The experience in a slot, or those in several, as they were stored."
+    idx = torch.arange(len(self))[i] if isinstance(i, slice) else torch.as_tensor(i)
+    if idx.dtype == torch.bool: idx = idx.nonzero()[:, 0]
+    if not len(self) or (idx.numel() and not -len(self) <= idx.min() <= idx.max() < len(self)):
+        raise IndexError(f"slot {i}: the buffer holds {len(self)}")
+    rows = self.store.read((idx % len(self)).reshape(-1).to(self.store.device))
+    if idx.dim(): return rows
+    return {k: v[0] for k, v in rows.items()} if isinstance(rows, dict) else tuple(v[0] for v in rows)
+
+
+@patch
+def clear(self: ReplayBuffer) -> None:
+    "Drop every experience; settings and generator stay."
+    self.__init__(**self.config, beta=self.beta, device=self.store.device, generator=self.generator)
+
+
+@patch
+def _staying(self: ReplayBuffer, capacity: int) -> tuple[np.ndarray, int]:
+    "Slots that stay at another capacity, in their new order, and how many experiences count as seen."
+    n = len(self)
+    if self.classes:
+        c = self.classes
+        share = fair_shares(c.seen, capacity)
+        c.keys, slots, _ = _cut(c.keys, c.slots, c.held, share)
+        c.held = share
+        c.limit = _limits(c.keys, share, c.seen)
+        c.slots = np.arange(len(slots))
+        c.capacity = capacity
+        return slots, self.seen
+    if self.strategy == "reservoir":
+        return torch.randperm(n, generator=self.generator)[:capacity].numpy() if n > capacity else np.arange(n), self.seen
+    by_age = (self.seen + np.arange(-n, 0)) % self.capacity
+    return by_age[-capacity:], min(n, capacity)
+
+
+@patch
+def resize(self: ReplayBuffer, capacity: int) -> ReplayBuffer:
+    "Another capacity; slots are dealt anew, so draw again before you update."
+    capacity = _whole("capacity", capacity)
+    if capacity > self.capacity < self.seen and self.strategy in ("reservoir", "class_balanced"):
+        raise ValueError(f"resize: this {self.strategy} buffer has dropped experiences, so it cannot grow and stay fair; "
+                         "make a new one")
+    slots, self.seen = self._staying(capacity)
+    data = {k: v[torch.from_numpy(slots).to(v.device)] for k, v in self.store.data.items()}
+    self.config["capacity"] = self.capacity = capacity
+    self.store = ExperienceStore(capacity, self.store.device)
+    self.store.write(torch.arange(len(slots)), data)
+    if self.priorities:
+        p = self.priorities.tree[slots]
+        self.priorities.tree = SumTree(capacity)
+        self.priorities.tree.update(np.arange(len(slots)), p)
+    return self
 
 # %% ../../nbs/03_replay.ipynb #50818d08
 @patch

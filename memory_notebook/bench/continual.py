@@ -24,8 +24,9 @@ from memory_notebook.continual.consolidation import EWC, fisher, slow_fisher
 from memory_notebook.continual.families import ER
 from memory_notebook.core import set_seed
 from memory_notebook.data import load_digits, load_mnist
+from memory_notebook.learner import MLP, Learner, Linear, onednn
 from memory_notebook.runs import Run, benchmark, chosen, cpu_seconds, text_table
-from memory_notebook.streams import MLP, Learner, Linear, Walk, onednn, split_stream
+from memory_notebook.streams import Walk, split_stream
 
 __all__ = ["bench_continual", "continual_table"]
 

@@ -9,6 +9,7 @@ __all__ = ['PROTOCOLS', 'SPLIT_METHODS', 'ContinualLearningModel', 'TaskMemory',
 
 # %% ../../nbs/04e_continual.ipynb #057cf479
 import math
+import time
 from dataclasses import replace
 from typing import Any, Callable, Iterable, Literal, NamedTuple
 
@@ -29,19 +30,16 @@ from memory_notebook.continual.families import (
     SeparateNetworks,
     XdG,
 )
-from ..core import content_weights, read, set_seed
+from ..core import content_weights, patch, read, set_seed
 from ..data import load_digits, load_mnist
+from ..learner import MLP, Learner, Method, evaluating, logits_of
 from ..runs import Run, chosen, experiment, markdown_table, sweep, sweep_metrics
 from memory_notebook.streams import (
-    MLP,
     SCENARIOS,
-    Learner,
-    Method,
     Results,
     Stream,
     StreamData,
     Walk,
-    logits_of,
     permuted_stream,
     rotated_stream,
     split_stream,
@@ -88,14 +86,6 @@ class TaskMemory(NamedTuple):
     importance: list[Tensor] | None  # Ω, one for each parameter, from the first method that has it
     parameters: list[Tensor]  # θ*
 
-
-class _Criterion(Method):
-    "Any loss (output, target) -> mean, in place of the learner's own."
-    def __init__(self, loss_fn: Callable): self.loss_fn = loss_fn
-
-    def criterion(self, learner: Learner) -> Tensor:
-        return self.loss_fn(learner.logits, learner.y).expand(len(learner.y))
-
 # %% ../../nbs/04e_continual.ipynb #e660a7de
 class ContinualLearningTrainer:
     "Tasks come one at a time, as loaders; the methods protect the earlier ones."
@@ -108,59 +98,116 @@ class ContinualLearningTrainer:
     ):
         methods = [SI(100.0)] if methods is None else list(methods)
         device = next(model.parameters()).device
-        self.learner = Learner(model, optimizer, [_Criterion(criterion), *methods], seed, device)
+        self.learner = Learner(model, optimizer, methods, seed, device, criterion)
         self.tests: list[tuple[Tensor, Tensor]] = []  # of each task so far
+        self.visited: list[int] = []  # tasks in the order in which they were learned
 
     @property
     def results(self) -> Results: return self.learner.results
 
     def train_task(self,
-        task_id: int,  # 0, 1, ... in this order
-        train_loader: Iterable,  # batches (x, y)
-        val_loader: Iterable | None = None,  # None: test on the training data
+        task_id: int,  # the next, from 0; or an earlier one, which comes back
+        train_loader: Iterable,  # batches (x, y), drawn anew in each epoch
+        val_loader: Iterable | None = None,  # None: test on the training data, or on what the task was tested on before
         epochs: int = 1,
     ) -> TaskMemory:
-        "Learn one more task, then test on all."
+        "Learn one more task, or one of the earlier again, then test on all."
         learner = self.learner
-        if task_id != learner.done:
-            raise ValueError(f"task_id is {task_id}: tasks are learned in order, and the next is {learner.done}")
-        batches = list(train_loader)  # once: a loader that shuffles draws anew each time
-        self.tests.append(self._collect(batches if val_loader is None else val_loader))
-        learner.stream = self._stream(*self._collect(batches))
-        learner.walk = Walk(learner.stream, len(batches[0][0]), None, epochs, learner.seed)
-        if task_id == 0: learner.start(1)
-        learner.results = self._longer(learner.results, task_id)
-        learner.results.R[task_id] = learner.test()
-        learner.learn_context()
+        if not 0 <= task_id <= len(self.tests):
+            raise ValueError(f"task_id is {task_id}: the next new task is {len(self.tests)}, earlier ones may come back")
+        if epochs < 1: raise ValueError(f"epochs is {epochs}: expected at least 1")
+        first = list(self._batches(train_loader))
+        self._add_test(task_id, first if task_id == len(self.tests) and val_loader is None else val_loader)
+        self._set_stream(*self._joined(first), task_id, len(first[0][0]), epochs)
+        if not self.visited: learner.start(1)
+        learner.results = self._longer(learner.results)
+        learner.results.R[learner.done] = learner.test()
+        start = time.process_time()
+        learner.begin_context()
+        for epoch in range(epochs):
+            for x, y in first if epoch == 0 else self._batches(train_loader):
+                learner.train_step(x, y, torch.full((len(x),), task_id, device=learner.device))
+                learner.step += 1
+        learner.end_context(start)
+        self.visited.append(task_id)
         penalties = [hook for hook in learner.hooks if isinstance(hook, Quadratic)]
         omega = penalties[0].omega if penalties else None
         return TaskMemory(task_id, learner.results.R[-1], omega, [p.detach().clone() for p in learner.params])
 
-    def _collect(self, batches: Iterable) -> tuple[Tensor, Tensor]:
-        "Batches as one pair of tensors."
-        x, y = (torch.cat(v).to(self.learner.device) for v in zip(*batches))
-        return x, y
+# %% ../../nbs/04e_continual.ipynb #d8ffa708
+@patch
+def _batches(self: ContinualLearningTrainer, loader: Iterable) -> Iterable[tuple[Tensor, Tensor]]:
+    "One walk through a loader: inputs and targets on the learner's device, classes as 64-bit numbers."
+    count = 0
+    for batch in loader:
+        if isinstance(batch, dict) or len(batch) != 2: raise ValueError("expected batches (x, y) from the loader")
+        x, y = (torch.as_tensor(v).to(self.learner.device) for v in batch)
+        count += 1
+        yield x, y if y.is_floating_point() else y.long()
+    if not count: raise ValueError("the loader gave no batch: give one that can be walked through in every epoch")
 
-    def _stream(self, x: Tensor, y: Tensor) -> Stream:
-        "All tasks to test on; to learn, the newest alone: of earlier tasks nothing is kept."
-        task = len(self.tests) - 1
-        classes = None
-        if not y.is_floating_point():
-            first = logits_of(self.learner.model, x[:1], torch.tensor([task], device=self.learner.device))
-            classes = first.shape[-1]
-        train = StreamData(x, y, (torch.arange(len(x)),) * (task + 1))
-        sizes = [len(v) for v, _ in self.tests]
-        test = StreamData(*(torch.cat(v) for v in zip(*self.tests)), torch.arange(sum(sizes)).split(sizes))
-        return Stream(train, test, classes, "domain").to(self.learner.device)
 
-    def _longer(self, old: Results, task: int) -> Results:
-        "Results with room for one more task."
-        R = torch.full((task + 2, task + 1), torch.nan)
-        online = torch.full((task + 1,), torch.nan)
-        if task:
-            R[:-1, :-1] = old.R
-            online[:-1] = old.online
-        return Results(R, online, cpu_s=old.cpu_s, error=self.learner.stream.classes is None)
+@patch
+def _joined(self: ContinualLearningTrainer, batches: Iterable) -> tuple[Tensor, Tensor]:
+    "Batches as one pair of tensors."
+    x, y = zip(*batches)
+    return torch.cat(x), torch.cat(y)
+
+
+@patch
+def _add_test(self: ContinualLearningTrainer, task_id: int, batches: Iterable | None) -> None:
+    "What a task is tested on; None: as before."
+    if batches is None: return
+    pair = self._joined(batches if isinstance(batches, list) else self._batches(batches))
+    self.tests[task_id:task_id + 1] = [tuple(v.to(self.learner.device) for v in pair)]
+
+
+@patch
+def _set_stream(
+    self: ContinualLearningTrainer, x: Tensor, y: Tensor, task_id: int, batch_size: int, epochs: int
+) -> None:
+    "All tasks to test on; to learn, the present one alone: of earlier tasks nothing is kept."
+    learner = self.learner
+    classes = None
+    if not y.is_floating_point():
+        with torch.no_grad(), evaluating(learner.model):
+            first = logits_of(learner.model, x[:1], torch.tensor([task_id], device=learner.device))
+        classes = first.shape[-1]
+    train = StreamData(x, y, (torch.arange(len(x)),) * len(self.tests))
+    sizes = [len(v) for v, _ in self.tests]
+    test = StreamData(*(torch.cat(v) for v in zip(*self.tests)), torch.arange(sum(sizes)).split(sizes))
+    learner.stream = Stream(train, test, classes, "domain").to(learner.device)
+    learner.walk = Walk(learner.stream, batch_size, None, epochs, learner.seed)
+    learner.now = task_id
+
+
+@patch
+def _longer(self: ContinualLearningTrainer, old: Results) -> Results:
+    "Results with room for one more visit, of an old task or a new one."
+    visits = len(self.visited)
+    R = torch.full((visits + 2, len(self.tests)), torch.nan)
+    online = torch.full((visits + 1,), torch.nan)
+    if visits:
+        R[:-1, :old.R.shape[1]] = old.R
+        online[:-1] = old.online
+    return Results(R, online, cpu_s=old.cpu_s, error=self.learner.stream.classes is None)
+
+# %% ../../nbs/04e_continual.ipynb #e2714440
+@patch
+def state_dict(self: ContinualLearningTrainer) -> dict:
+    "Everything that the next task needs, for `save_checkpoint`."
+    if not self.visited: raise ValueError("no task was learned yet: there is nothing to keep")
+    return {"learner": self.learner.state_dict(), "tests": self.tests, "visited": self.visited}
+
+
+@patch
+def load_state_dict(self: ContinualLearningTrainer, state: dict) -> None:
+    "Go on after the last task of a `state_dict`; `ValueError` if the trainer was built otherwise."
+    self.tests = [(x.to(self.learner.device), y.to(self.learner.device)) for x, y in state["tests"]]
+    self.visited = list(state["visited"])
+    self._set_stream(*self.tests[self.visited[-1]], self.visited[-1], 1, 1)
+    self.learner.start(1)
+    self.learner.load_state_dict(state["learner"], same=("methods", "seed", "network", "training", "optimiser"))
 
 # %% ../../nbs/04e_continual.ipynb #0a6f520c
 class Protocol(NamedTuple):
@@ -289,17 +336,17 @@ def _cells(**rows: tuple) -> dict[str, float]:
     return {f"{c}.{m}": v for m, row in rows.items() for c, v in zip(SCENARIOS, row) if v is not None}
 
 
-_VANDEVEN = _cells(  # van de Ven, Tuytelaars & Tolias 2022, Table 2
+_VANDEVEN = _cells(  # van de Ven, Tuytelaars & Tolias 2022, Table 2; every cell recalled, none checked on the page
     none=(84.32, 60.13, 19.89), joint=(99.67, 98.59, 98.17), sepn=(99.57, None, None), xdg=(98.7, None, None),
     ewc=(99.06, 63.03, 20.64), si=(99.20, 66.94, 21.20), lwf=(99.60, 71.18, 21.89), dgr=(99.50, 95.57, 90.35),
     er=(98.98, 93.75, 88.79), agem=(98.6, 84.0, 65.0), genc=(None, None, 93.82), icarl=(None, None, 92.49))
 
 # %% ../../nbs/04e_continual.ipynb #afb9fb41
 def _percent(acc: dict[str, Any], paper: float | None = None, points: float = 2.0) -> str:
-    "Mean ± standard error over seeds, the paper's number in brackets, a star where they differ by more than `points`."
+    "Mean ± standard error over seeds; in brackets the paper's number, as recalled (ʳ); a star: `points` or more apart."
     ours = 100 * acc["mean"]
     error = 100 * acc["std"] / math.sqrt(len(acc["values"]))
-    there = "" if paper is None else f" ({paper:.2f})" + "*" * (abs(ours - paper) > points)
+    there = "" if paper is None else f" ({paper:.2f}ʳ)" + "*" * (abs(ours - paper) > points)
     return f"{ours:.2f} ± {error:.2f}{there}"
 
 
@@ -324,20 +371,24 @@ def _methods_of(metrics: dict[str, Any], scenario: str, number: str) -> list[str
     return found
 
 
-def forgetting_bars(metrics: dict[str, Any], scenarios: tuple[str, ...] = SCENARIOS):
+def forgetting_bars(
+    metrics: dict[str, Any],  # of a split-mnist run
+    scenarios: tuple[str, ...] = SCENARIOS,
+    number: Literal["forgetting", "drop_from_best"] = "forgetting",
+):
     "Forgetting of every method, a panel for each scenario; lines are standard deviations over seeds."
     from matplotlib.figure import Figure
     fig = Figure(figsize=(6.5, 3.1), dpi=90, layout="constrained")
     axes = fig.subplots(1, len(scenarios), squeeze=False)[0]
     for ax, c in zip(axes, scenarios):
-        values = {m: metrics[f"{c}.{m}.forgetting"] for m in _methods_of(metrics, c, "forgetting")}
+        values = {m: metrics[f"{c}.{m}.{number}"] for m in _methods_of(metrics, c, number)}
         names = sorted(values, key=lambda m: -values[m]["mean"])
         means = [values[m]["mean"] for m in names]
         colors = ["C1" if m == "none" else "C0" for m in names]
         ax.barh(names, means, xerr=[values[m]["std"] for m in names], color=colors)
         ax.tick_params(labelsize=7)
         ax.axvline(0, color="gray", lw=0.8)
-        ax.set(xlabel="accuracy forgotten", title=f"{c}-incremental")
+        ax.set(xlabel=number.replace("_", " "), title=f"{c}-incremental")
     return fig
 
 # %% ../../nbs/04e_continual.ipynb #abd0b7b7
@@ -395,7 +446,7 @@ def _permuted_settings(buffer: int = 200) -> dict[str, _PermutedSettings]:
     }
 
 
-_BUZZEGA = {  # Buzzega et al. 2020, Table 2, P-MNIST, means of ten runs; buffer -> method -> percent
+_BUZZEGA = {  # Buzzega et al. 2020, Table 2, P-MNIST, means of ten runs, recalled; buffer -> method -> percent
     200: {"none": 40.70, "joint": 94.33, "oewc": 75.79, "er": 72.37, "agem": 66.42, "der": 81.74, "derpp": 83.58},
     500: {"none": 40.70, "joint": 94.33, "oewc": 75.79, "er": 80.60, "derpp": 88.21}}
 

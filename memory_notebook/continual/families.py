@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..agent.replay import ReplayBuffer
-from .consolidation import NoClosedForm, record_linear
+from .consolidation import group_gradients
 from ..core import patch
-from ..streams import MLP, SCENARIOS, Learner, Method, Stream, logits_of
+from ..learner import MLP, Learner, Method, logits_of
+from ..streams import SCENARIOS, Stream
 
 # %% ../../nbs/04d_families.ipynb #1aaca884
 class SampleMemory(Method):
@@ -41,9 +42,18 @@ class SampleMemory(Method):
     def start(self, learner: Learner) -> None:
         if learner.stream.classes is None and self.boundaries:
             raise ValueError("a stream of regressions has no classes: use strategy='reservoir'")
+        if self.strategy == "per_class": self._most(learner)
         labelled = {"label": 3} if self.strategy == "class_balanced" else {}
         kind = "reservoir" if self.strategy == "per_class" else self.strategy
         self.buffer = ReplayBuffer(self.capacity, kind, seed=learner.seed, **labelled)
+
+    def _most(self, learner: Learner) -> int:
+        "Samples of each class, of all classes that will ever come."
+        classes = learner.stream.offset(len(learner.stream))
+        if self.capacity < classes:
+            raise ValueError(f"a capacity of {self.capacity} holds no sample of each of {classes} classes: give more, "
+                             "or use strategy='reservoir'")
+        return self.capacity // classes
 
     def __len__(self) -> int: return len(self.buffer)
 
@@ -62,11 +72,11 @@ class SampleMemory(Method):
         "The other strategies choose now."
         if not self.boundaries: return
         x, y, context = learner.context_data()
-        label = y + context * learner.stream.classes
+        label = learner.stream.label(y, context)
         if self.strategy == "class_balanced":
             self.buffer.extend(x, y, context, label)
             return
-        most = self.capacity // (learner.stream.classes * len(learner.stream))
+        most = self._most(learner)
         rows = torch.cat([(label == c).nonzero()[:most, 0] for c in label.unique()])  # they come in random order
         self.buffer.extend(x[rows], y[rows], context[rows])
 
@@ -185,7 +195,7 @@ def estimate(self: VAE,
 # %% ../../nbs/04d_families.ipynb #12ab760f
 def _check_pixels(x: Tensor) -> None:
     low, high = x.aminmax()
-    if low < 0 or high > 1: raise ValueError(f"expected pixels from 0 to 1, got {low:.3g} to {high:.3g}: scale them")
+    if not (low >= 0 and high <= 1): raise ValueError(f"expected pixels from 0 to 1, got {low:.3g} to {high:.3g}: scale them")
 
 # %% ../../nbs/04d_families.ipynb #e8a2eec6
 class DGR(Method):
@@ -210,7 +220,6 @@ class DGR(Method):
 
     def batch(self, learner: Learner) -> None:
         new = learner.xs[0]
-        k = learner.stream.classes
         self.old = None  # place of the dreams in the batch
         self.share = 1 / (learner.done + 1)
         if not learner.done: return
@@ -218,14 +227,14 @@ class DGR(Method):
         with torch.no_grad(): logits = self.teacher(x)
         task = learner.stream.scenario == "task"
         label = logits.argmax(1)
-        self.names = logits.view(len(x), -1, k)[:, :learner.done].argmax(2) if task else None  # (b, past heads)
+        self.names = learner.stream.heads(logits)[:, :learner.done].argmax(2) if task else None  # (b, past heads)
         learner.weights[0] = self.share
-        self.old = learner.add(x, label % k, label // k, 0.0 if task else 1 - self.share)
+        self.old = learner.add(x, *learner.stream.unlabel(label), 0.0 if task else 1 - self.share)
 
     def loss(self, learner: Learner) -> Tensor | None:
         "In Task-IL, a dream is learned by every past head."
         if self.old is None or self.names is None: return None
-        heads = learner.logits[self.old].view(*self.names.shape[:1], -1, learner.stream.classes)[:, :learner.done]
+        heads = learner.stream.heads(learner.logits[self.old])[:, :learner.done]
         return (1 - self.share) * F.cross_entropy(heads.flatten(0, 1), self.names.flatten())
 
     def after_step(self, learner: Learner) -> None:
@@ -250,6 +259,11 @@ class DGR(Method):
         for name, kept in state.items(): getattr(self, name).load_state_dict(kept)
 
 # %% ../../nbs/04d_families.ipynb #cbe80278
+def _gradient(p: Tensor) -> Tensor:
+    "The gradient of a parameter; zero where the loss does not depend on it."
+    return torch.zeros_like(p) if p.grad is None else p.grad
+
+
 class AGEM(Method):
     "Averaged gradient episodic memory: a step may not raise the loss on the memory. Chaudhry et al. 2019."
     def __init__(self,
@@ -265,18 +279,19 @@ class AGEM(Method):
         self.reference = None  # gradient of the loss on the memory
         if not len(self.memory): return
         x, y, context = self.memory.draw(learner)[:3]
-        loss = learner.losses(logits_of(learner.model, x, context), y, context).mean()
+        loss = learner.mean_loss(logits_of(learner.model, x, context), y, context)
         grads = torch.autograd.grad(loss, learner.params, allow_unused=True)
         self.reference = [torch.zeros_like(p) if g is None else g for p, g in zip(learner.params, grads)]
 
     @torch.no_grad()
     def after_backward(self, learner: Learner) -> None:
         if self.reference is None: return
-        now = [p.grad for p in learner.params]
-        dot = sum(torch.dot(g.view(-1), r.view(-1)) for g, r in zip(now, self.reference)).item()
+        product = lambda a, b: sum(torch.dot(v.reshape(-1), w.reshape(-1)) for v, w in zip(a, b)).item()
+        dot = product([_gradient(p) for p in learner.params], self.reference)
         if dot >= 0: return
-        length = sum(torch.dot(r.view(-1), r.view(-1)) for r in self.reference).item()
-        torch._foreach_add_(now, self.reference, alpha=-dot / length)
+        alpha = -dot / product(self.reference, self.reference)
+        for p in learner.params: p.grad = _gradient(p)  # a layer that the new samples do not use may move, too
+        torch._foreach_add_([p.grad for p in learner.params], self.reference, alpha=alpha)
 
 # %% ../../nbs/04d_families.ipynb #16a905d9
 def _lower_bounded_qp(
@@ -308,43 +323,6 @@ def _lower_bounded_qp(
             w[~free] = 0
     return w + low
 
-# %% ../../nbs/04d_families.ipynb #f73e1319
-def _group_gradients(
-    model: nn.Module,
-    params: list[Tensor],
-    losses: Callable[[slice], Tensor],  # rows -> loss of each, (rows,)
-    sizes: list[int],  # of the groups, one behind the other
-) -> Tensor:  # (groups, all parameters)
-    "Gradient of the mean loss of each group, in one pass for networks of linear layers."
-    try: each, layers = record_linear(model, slice(None), losses)
-    except NoClosedForm: return _slow_group_gradients(params, losses, sizes)
-    weights = torch.cat([each.new_full((n,), 1 / n) for n in sizes])
-    deltas = torch.autograd.grad((each * weights).sum(), [out for _, out in layers.values()])
-    G = each.new_empty(len(sizes), sum(p.numel() for p in params))
-    places = {}  # of each parameter in a row of G
-    end = 0
-    for p in params:
-        places[id(p)] = slice(end, end + p.numel())
-        end += p.numel()
-    for (layer, (a, _)), d in zip(layers.items(), deltas):
-        for row, a_t, d_t in zip(G, a.split(sizes), d.split(sizes)):
-            if id(layer.weight) in places:
-                torch.mm(d_t.t(), a_t, out=row[places[id(layer.weight)]].view_as(layer.weight))
-            if id(layer.bias) in places: torch.sum(d_t, 0, out=row[places[id(layer.bias)]])
-    return G
-
-
-def _slow_group_gradients(params: list[Tensor], losses: Callable[[slice], Tensor], sizes: list[int]) -> Tensor:
-    "The same for any network, a pass for each group."
-    G = []
-    start = 0
-    for n in sizes:
-        grads = torch.autograd.grad(losses(slice(start, start + n)).mean(), params, allow_unused=True)
-        start += n
-        flat = [torch.zeros_like(p).view(-1) if g is None else g.reshape(-1) for p, g in zip(params, grads)]
-        G.append(torch.cat(flat))
-    return torch.stack(G)
-
 # %% ../../nbs/04d_families.ipynb #6dd49092
 class GEM(Method):
     "Gradient episodic memory: a step may not raise the loss on any past context. Lopez-Paz & Ranzato 2017."
@@ -367,9 +345,10 @@ class GEM(Method):
         rows = self._rows(learner)
         if not rows: return
         x, y, context = self.memory.buffer.store.read(torch.cat(rows))[:3]
-        def losses(s: slice) -> Tensor:
-            return learner.losses(logits_of(learner.model, x[s], context[s]), y[s], context[s])
-        self.reference = _group_gradients(learner.model, learner.params, losses, [len(r) for r in rows])
+        forward = lambda s: logits_of(learner.model, x[s], context[s])
+        mean_loss = lambda logits, s: learner.mean_loss(logits, y[s], context[s])
+        sizes = [len(r) for r in rows]
+        self.reference = group_gradients(learner.model, learner.params, forward, mean_loss, sizes)
 
     def _rows(self, learner: Learner) -> list[Tensor]:
         "Rows of the buffer, as many of each past context that it holds."
@@ -385,13 +364,12 @@ class GEM(Method):
     def after_backward(self, learner: Learner) -> None:
         if self.reference is None: return
         G = self.reference
-        now = [p.grad for p in learner.params]
-        dots = G @ torch.cat([g.view(-1) for g in now])
+        dots = G @ torch.cat([_gradient(p).reshape(-1) for p in learner.params])
         if (dots >= 0).all(): return
         Q = (G @ G.t()).double().cpu().numpy() + self.eps * np.eye(len(G))
         v = torch.from_numpy(_lower_bounded_qp(Q, dots.double().cpu().numpy(), self.margin)).to(G)
-        parts = (v @ G).split([g.numel() for g in now])
-        torch._foreach_add_(now, [part.view_as(g) for g, part in zip(now, parts)])
+        parts = (v @ G).split([p.numel() for p in learner.params])
+        for p, part in zip(learner.params, parts): p.grad = _gradient(p).add_(part.view(p.shape))
 
 # %% ../../nbs/04d_families.ipynb #5f9c9245
 def _needs_context(self: nn.Module, stream: Stream) -> None:
@@ -483,6 +461,7 @@ class ICaRL(Method):
         per_class: int = 100,  # exemplars
         temperature: float = 2.0,  # that softens the old network's answers
     ):
+        if per_class < 1: raise ValueError(f"per_class is {per_class}: expected at least 1 exemplar")
         self.per_class = per_class
         self.temperature = temperature
 
@@ -501,21 +480,18 @@ class ICaRL(Method):
         "Exemplars are part of the training set: as many of them come as a shuffle of old and new would bring."
         if self.x is None: return
         n = len(learner.xs[0])
-        k = learner.stream.classes
         expected = n * len(self.x) / len(learner.stream.train.rows[learner.done])
         m = int(expected + torch.rand((), generator=self.generator))
         if not m: return
         rows = torch.randint(len(self.x), (m,), generator=self.generator).to(self.x.device)
-        label = self.label[rows]
         learner.weights[0] = n / (n + m)
-        learner.add(self.x[rows], label % k, label // k, m / (n + m))
+        learner.add(self.x[rows], *learner.stream.unlabel(self.label[rows]), m / (n + m))
 
     def criterion(self, learner: Learner) -> Tensor:
         "Binary cross-entropy of every class so far; for old classes against the old network's answer."
-        k = learner.stream.classes
-        old = k * learner.done
-        logits = learner.logits[:, :old + k]
-        target = F.one_hot(learner.y + k * learner.context, old + k).to(logits)
+        old = learner.stream.offset(learner.done)
+        logits = learner.logits[:, :learner.stream.offset(learner.done + 1)]
+        target = F.one_hot(learner.stream.label(learner.y, learner.context), logits.shape[1]).to(logits)
         if old:
             with torch.no_grad(): target[:, :old] = (self.teacher(learner.x)[:, :old] / self.temperature).sigmoid()
         return F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(1)
@@ -525,7 +501,7 @@ class ICaRL(Method):
         "Choose exemplars of the new classes; all means are taken anew."
         self.teacher.load_state_dict(learner.model.state_dict())
         x, y, context = learner.context_data()
-        label = y + learner.stream.classes * context
+        label = learner.stream.label(y, context)
         features = self.teacher.features(x)
         for c in label.unique():
             own = (label == c).nonzero()[:, 0]
