@@ -175,10 +175,11 @@ def ngram(
 # %% ../nbs/00e_tasks.ipynb #c26ce160
 def optimal_ngram(
     batch: TaskBatch,  # from `ngram`, (b, t, 1)
-    order: int = 5,
+    order: int | None = None,  # bits it looks back over; None: as many as the coins of this batch depend on
     prior: float = 0.5,  # added to each count; 1/2 is optimal for these coins
 ) -> Tensor:  # (b, t, 1) probability that the next bit is 1
     "What the best predictor says, who knows how the coins were drawn but not the coins. Graves et al. 2014, eq. 10."
+    if order is None: order = batch.extra.shape[-1].bit_length() - 1  # there are 2**order coins
     bits = batch.y.squeeze(-1)
     context = _contexts(bits, order)
     seen = F.one_hot(context, 2 ** order).to(bits)  # (b, t, 2**order)

@@ -50,7 +50,7 @@ from memory_notebook.language.calibration import (
 from .reads import READS, KvRead, Moment, Session
 from .subjects import Heard, Lexicon, Listener, Parsed, parse
 from .worldlm import WORLD_GPT2
-from ..sparse.host import HUB, Host
+from ..sparse.host import HUB, Host, decoder_of
 from ..train import write_atomic
 
 # %% ../../nbs/09g_gpt2.ipynb #bf454ce6
@@ -120,7 +120,7 @@ def _last_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     "The last hidden states (b, t, d) of each call of the model within the block."
     states: list[Tensor] = []
     def keep(module: Any, args: Any, out: Any) -> None: states.append(out[0])
-    hook = model.base_model.register_forward_hook(keep)
+    hook = decoder_of(model).register_forward_hook(keep)
     try: yield states
     finally: hook.remove()
 
@@ -672,6 +672,23 @@ def save_pretrained(self: ContinualLearning, folder: str | Path, *args: Any, **k
     if self._memory is None: return
     self.memory.tokenizer.save_pretrained(folder)
     self.memory.save(Path(folder))
+
+# %% ../../nbs/09g_gpt2.ipynb #e8facdd3
+@patch
+def __getstate__(self: ContinualLearning) -> dict:
+    m = self._memory
+    if m is None: return self.__dict__
+    kept = {"_calibration": m._calibration, "report": m.report, "off": m.off}
+    return self.__dict__ | {"_memory": ((m.tokenizer, m.bank, m.read.name, m.namespace), m.read.options, kept)}
+
+
+@patch
+def __setstate__(self: ContinualLearning, state: dict) -> None:
+    memory = state.get("_memory")
+    super(ContinualLearning, self).__setstate__(state | {"_memory": None})
+    if memory is None: return
+    attached, options, kept = memory
+    vars(self.attach(*attached, **options)._memory).update(kept)
 
 # %% ../../nbs/09g_gpt2.ipynb #8abb9242
 @patch

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['ENGRAM', 'canonical_ids', 'NgramHash', 'EngramConfig', 'EngramState', 'Engram', 'engram_groups', 'EngramCache',
-           'add_engram', 'engram_off', 'engram_experiment']
+           'add_engram', 'remove_engram', 'engram_off', 'engram_experiment']
 
 # %% ../../nbs/08b_engram.ipynb #68fb8a93
+import inspect
 import math
 import re
 import unicodedata
 from collections.abc import Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from pydoc_data.topics import topics
 from typing import Any, Iterable, Iterator, Literal, NamedTuple
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel, PreTrainedModel
+from transformers import Cache, GPT2LMHeadModel, PreTrainedModel
 
 from ..data import fetch
 from ..runs import Run, chosen, cpu_seconds, experiment, markdown_table, sweep, sweep_metrics
@@ -28,7 +30,11 @@ from memory_notebook.sparse.host import (
     Host,
     WarmupCosine,
     Windows,
+    call_arguments,
+    chosen_layers,
     decoder_layers,
+    decoder_of,
+    floating_like,
     lm_step,
     small_gpt2,
     text_tokens,
@@ -114,6 +120,12 @@ class NgramHash(nn.Module):
         self.register_buffer("primes", torch.tensor(primes).view(max_order - 1, heads))
         self.register_buffer("offsets", torch.tensor([0, *np.cumsum(primes)[:-1].tolist()]).view(max_order - 1, heads))
 
+    def resize(self, vocab: int) -> None:
+        "For a larger or smaller vocabulary. New tokens are classes of their own, behind all others."
+        more = torch.arange(vocab - len(self.canonical), device=self.canonical.device) if vocab > len(self.canonical) else []
+        last = max(self.nothing, int(self.canonical.max()))
+        self.canonical = torch.cat([self.canonical, last + 1 + more]) if len(more) else self.canonical[:vocab].clone()
+
     def compress(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:  # (b, t)
         "Tokens of the smaller vocabulary; `nothing` where the mask (b, t) is 0."
         tokens = self.canonical[ids]
@@ -126,10 +138,14 @@ class NgramHash(nn.Module):
     def forward(self,
         tokens: Tensor,  # (b, t) compressed
         before: Tensor,  # (b, N - 1) those before them
+        age: Tensor | None = None,  # (b, t) tokens of its document before each; None: as many as there are
     ) -> Tensor:  # (b, t, (N - 1) K) rows of the whole table
         "All n-grams that end at each token."
-        # (b, t, N), the token itself first
-        terms = torch.cat([before, tokens], 1).unfold(1, self.max_order, 1).flip(-1) * self.multipliers
+        last = torch.cat([before, tokens], 1).unfold(1, self.max_order, 1).flip(-1)  # (b, t, N), the token itself first
+        if age is not None:
+            back = torch.arange(self.max_order, device=last.device)
+            last = last.masked_fill(back > age.unsqueeze(-1), self.nothing)
+        terms = last * self.multipliers
         mixes = [terms[..., 0]]
         for term in terms.unbind(-1)[1:]: mixes.append(mixes[-1] ^ term)
         return (torch.stack(mixes[1:], -1).unsqueeze(-1) % self.primes + self.offsets).flatten(2)
@@ -150,6 +166,7 @@ class EngramConfig:
     silent: bool = False  # True: values begin at zero, so that a trained model says at first what it said before
     sparse: bool = False  # gradients of the table: True needs an optimiser for them, `step_rows` or SparseAdam
     seed: int = 0  # of the hash
+    eos_token_id: int | None = None  # a token behind which nothing before it is seen, for texts that are joined
 
     def __post_init__(self):
         if self.max_order < 2:
@@ -183,10 +200,25 @@ def _causal_filter(
     window: Tensor,  # (b, (k - 1) step + t, ...) values, with those before the first
     taps: Tensor,  # (k, ...), the last for the newest value
     step: int,  # between two taps
+    age: Tensor | None = None,  # (b, t) values before each that may be seen; None: all
 ) -> Tensor:  # (b, t, ...)
     "A convolution of each channel with its own taps."
-    t = window.shape[1] - (len(taps) - 1) * step
-    return sum(tap * window[:, i * step:][:, :t] for i, tap in enumerate(taps))
+    reach = (len(taps) - 1) * step
+    t = window.shape[1] - reach
+    seen = lambda i: window[:, i * step:][:, :t]
+    if age is None: return sum(tap * seen(i) for i, tap in enumerate(taps))
+    age = age[..., None, None]
+    return sum(tap * seen(i).masked_fill(age < reach - i * step, 0.0) for i, tap in enumerate(taps))
+
+
+def _ages(
+    starts: Tensor,  # (b, t) bool: a document begins with this token
+) -> tuple[Tensor, Tensor]:  # (b, t) tokens of its document before each; (b,) where the last document begins
+    "How far back each token may look. Where no document has begun yet, as far as there is something."
+    far = 2**30
+    at = torch.arange(starts.shape[1], device=starts.device)
+    begins = at.expand_as(starts).masked_fill(~starts, -far).cummax(1).values
+    return at - begins, begins[:, -1]
 
 # %% ../../nbs/08b_engram.ipynb #ae69e977
 class Engram(nn.Module):
@@ -223,6 +255,7 @@ class Engram(nn.Module):
         ids: Tensor,  # (b, t) tokens as the tokenizer numbers them
         state: EngramState | None = None,  # None: the sequences begin here
         mask: Tensor | None = None,  # (b, t) 0 for padding
+        starts: Tensor | None = None,  # (b, t) bool: a new document begins here; None: none but the first
     ) -> tuple[Tensor, EngramState]:  # what is to be added to hidden, and the state after the last token
         "Whole sequences, or piece by piece with the state passed on."
         c = self.config
@@ -232,18 +265,29 @@ class Engram(nn.Module):
             raise ValueError(f"hidden is {tuple(shape)} and ids {tuple(ids.shape)}: expected the same batch and length")
         before, past = state or self.init_state(len(ids))
         tokens = self.hash.compress(ids, mask)
+        if c.eos_token_id is not None:
+            behind = F.pad(ids[:, :-1] == c.eos_token_id, (1, 0))
+            starts = behind if starts is None else starts | behind
+        age, begin = (None, None) if starts is None or not ids.numel() else _ages(starts)
         hidden = hidden.view(*ids.shape, c.branches, c.hidden_size)
-        read = self.table(self.hash(tokens, before)).flatten(2).to(self.value.weight.dtype)
+        read = self.table(self.hash(tokens, before, age)).flatten(2).to(self.value.weight.dtype)
         values = self.value(read).unsqueeze(2).expand_as(hidden)
         if c.gated:
             key = self.key(read).view_as(hidden)
             values = values * _agreement(norm(0, hidden), norm(1, key), c.signed_root)
         if mask is not None: values = values * mask[..., None, None].to(values.dtype)
         window = torch.cat([past.to(values.dtype), norm(2, values)], 1)
-        out = values + F.silu(_causal_filter(window, self.taps, c.max_order)) if c.kernel else values
-        return out.reshape(shape), EngramState(
-            torch.cat([before, tokens], 1)[:, -before.shape[1] :], window[:, shape[1] :]
-        )
+        out = values + F.silu(_causal_filter(window, self.taps, c.max_order, age)) if c.kernel else values
+        state = EngramState(torch.cat([before, tokens], 1)[:, -before.shape[1] :], window[:, shape[1] :])
+        return out.reshape(shape), state if age is None else self._forget(state, ids, begin)
+
+    def _forget(self, state: EngramState, ids: Tensor, begin: Tensor) -> EngramState:
+        "The state without what was before the last document, which began at `begin` (b,)."
+        t = ids.shape[1]
+        if (eos := self.config.eos_token_id) is not None: begin = begin.masked_fill(ids[:, -1] == eos, t)
+        older = lambda v: t - v.shape[1] + torch.arange(v.shape[1], device=v.device) < begin.unsqueeze(1)
+        tokens = state.tokens.masked_fill(older(state.tokens), self.hash.nothing)
+        return EngramState(tokens, state.values.masked_fill(older(state.values)[..., None, None], 0.0))
 
 # %% ../../nbs/08b_engram.ipynb #00474167
 def engram_groups(
@@ -262,8 +306,9 @@ def engram_groups(
 class EngramCache:
     "The state of one Engram as a layer of transformers' cache."
     supports_early_init = is_compileable = is_croppable = False
-    def __init__(self, ordinal: int):
+    def __init__(self, ordinal: int, is_sliding: bool):
         self.ordinal = ordinal
+        self.is_sliding = is_sliding
         self.state = None
 
     def _each(self, change: Any) -> None: self.state = self.state and EngramState(*map(change, self.state))
@@ -286,34 +331,63 @@ class EngramCache:
             raise TypeError(f"expected a cache with layers, got {type(cache).__name__}: update transformers")
         if found := next((l for l in cache.layers if isinstance(l, cls) and l.ordinal == ordinal), None): return found
         while len(cache.layers) < depth: cache.layers.append(cache.layer_class_to_replicate())
-        cache.layers.append(found := cls(ordinal))
+        # masks take their size from the first layer that does not slide, which must be none of ours
+        cache.layers.append(found := cls(ordinal, all(getattr(l, "is_sliding", False) for l in cache.layers)))
         return found
 
 # %% ../../nbs/08b_engram.ipynb #c70f2134
+_SAID: ContextVar[tuple | None] = ContextVar("engram", default=None)  # tokens, mask and starts of the running call
+
+
+def _starts(positions: Tensor | None, ids: Tensor) -> Tensor | None:  # (b, t) bool
+    "Documents begin where the numbers of positions do not rise."
+    if positions is None or positions.shape[-1] != ids.shape[1] or positions.dim() != 2: return None
+    fresh = torch.cat([positions[:, :1] == 0, positions[:, 1:] <= positions[:, :-1]], 1)
+    return fresh.expand(ids.shape)
+
+
 def _hand_down(base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    "Before the model runs: its tokens and its mask go along with the keyword arguments."
-    ids = kwargs.get("input_ids", args[0] if args else None)
-    mask = kwargs.get("attention_mask")
+    "Before the model runs: its tokens, its mask and its documents go along with the keyword arguments."
+    given = call_arguments(base, args, kwargs)
+    ids = given.get("input_ids")
+    mask = given.get("attention_mask")
     if ids is None: raise ValueError("an Engram looks up tokens: call the model with input_ids, not with inputs_embeds")
-    if mask is not None and mask.dim() != 2:
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         raise ValueError(
-            f"attention_mask is {tuple(mask.shape)}: an Engram needs the one of shape (b, t), and a cache that grows "
-            "(static ones make their own mask)"
+            f"attention_mask is {tuple(getattr(mask, 'shape', ()))}: an Engram needs the one of shape (b, t), and a cache "
+            "that grows (static ones make their own mask)"
         )
-    return args, kwargs | {"engram": (ids, mask if mask is None else mask[:, -ids.shape[1]:])}
+    said = ids, mask if mask is None else mask[:, -ids.shape[1]:], _starts(given.get("position_ids"), ids)
+    if not torch.compiler.is_compiling(): _SAID.set(said)
+    passes_on = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(base.forward).parameters.values())
+    return args, kwargs | ({"engram": said} if passes_on else {})
+
+
+def _fall_silent(base: nn.Module, args: tuple, out: Any) -> None:
+    "After the model has run."
+    if not torch.compiler.is_compiling(): _SAID.set(None)
 
 
 def _recall(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     "Before a block runs: H <- H + Y."
-    ids, mask = kwargs.pop("engram")
-    hidden, *rest = args
+    said = kwargs.pop("engram", None)
     engram = getattr(block, "engram", None)
     if engram is None or engram.off: return args, kwargs
-    cache = kwargs.get("past_key_values", rest[0] if rest else None)
+    said = said or _SAID.get()
+    if said is None:
+        raise ValueError(
+            f"{type(block).__name__} runs outside of its model's call, and its family does not pass arguments on: an "
+            "Engram cannot know the tokens. Call the model; leave gradient checkpointing out, or update transformers"
+        )
+    ids, mask, starts = said
+    named = "hidden_states" in kwargs
+    hidden = kwargs["hidden_states"] if named else args[0]
+    cache = next((v for v in (*args, *kwargs.values()) if isinstance(v, Cache)), None)
     kept = None if cache is None else EngramCache.of(cache, engram.ordinal, engram.depth)
-    y, state = engram(hidden, ids, kept and kept.state, mask)
+    y, state = engram(hidden, ids, kept and kept.state, mask, starts)
     if kept is not None: kept.state = state
-    return (hidden + y, *rest), kwargs
+    if named: return args, kwargs | {"hidden_states": hidden + y}
+    return (hidden + y, *args[1:]), kwargs
 
 # %% ../../nbs/08b_engram.ipynb #d6eee1ed
 def _install(
@@ -322,32 +396,53 @@ def _install(
     "Build the Engrams that a configuration describes; without `canonical` the classes of tokens come with the weights."
     stack = decoder_layers(model)
     config = EngramConfig(**sizes)
-    like = next(model.parameters())
-    if canonical is None: canonical = torch.arange(vocab, device="cpu").clamp(max=classes - 1)
+    if canonical is None:
+        canonical = torch.arange(vocab, device="cpu").clamp(max=classes - 1)
+        canonical[0] = classes - 1
     for ordinal, i in enumerate(layers):
+        like = floating_like(stack[i])
         stack[i].engram = Engram(config, canonical, ordinal).to(device=like.device, dtype=like.dtype)
         stack[i].engram.depth = len(stack)
-    model.base_model.register_forward_pre_hook(_hand_down, with_kwargs=True)
+    decoder_of(model).register_forward_pre_hook(_hand_down, with_kwargs=True)
+    decoder_of(model).register_forward_hook(_fall_silent, always_call=True)
     for block in stack: block.register_forward_pre_hook(_recall, with_kwargs=True)
 
 
-ENGRAM = Host("engram", _install, renamed={"dim": "hidden_size", "memory_dim": "read_dim"})
+def _uninstall(model: PreTrainedModel) -> None:
+    "Take the Engrams out, and their hooks."
+    stack = decoder_layers(model)
+    for i in model.config.engram["layers"]: del stack[i].engram
+    for module in (decoder_of(model), *stack):
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [k for k, hook in hooks.items() if hook in (_hand_down, _fall_silent, _recall)]: del hooks[key]
+
+
+class _Vocabulary:
+    "Models with an Engram whose vocabulary changes."
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        "As of the base; new tokens are classes of their own."
+        out = super().resize_token_embeddings(*args, **kwargs)
+        vocab = self.get_input_embeddings().num_embeddings
+        for m in self.modules():
+            if isinstance(m, NgramHash): m.resize(vocab)
+        self.config.engram = self.config.engram | {"vocab": vocab}
+        return out
+
+
+ENGRAM = Host("engram", _install, _uninstall, _Vocabulary, renamed={"dim": "hidden_size", "memory_dim": "read_dim"})
 
 # %% ../../nbs/08b_engram.ipynb #f49f8869
 def add_engram(
     model: PreTrainedModel,  # GPT-2, Llama, or built like them; changed in place
     layers: Iterable[int],  # blocks that get one before their attention; the paper: the second and the middle one
     canonical: Tensor | None = None,  # (vocab,) of `canonical_ids(tokenizer)`; None: nothing is the same
-    # of `EngramConfig`: rows, max_order, heads, read_dim, kernel, gated, signed_root, silent, sparse, seed
+    # of `EngramConfig`: rows, max_order, heads, read_dim, kernel, gated, signed_root, silent, sparse, seed, eos_token_id
     **sizes: Any,
 ) -> PreTrainedModel:
     "Give a language model a table of n-grams. Cheng et al. 2026."
-    layers = sorted(set(layers))
-    depth = len(decoder_layers(model))
+    layers = chosen_layers(model, layers)
     vocab = model.config.vocab_size
     if hasattr(model.config, "engram"): raise ValueError("this model has Engrams already")
-    if not layers or layers[0] < 0 or layers[-1] >= depth:
-        raise ValueError(f"layers are {layers}: expected some of 0 to {depth - 1}")
     canonical = torch.arange(vocab) if canonical is None else canonical.cpu()
     if len(canonical) > vocab:
         raise ValueError(f"canonical has {len(canonical)} tokens and the model {vocab}: use the model's own tokenizer")
@@ -356,6 +451,13 @@ def add_engram(
     sizes = asdict(EngramConfig(model.config.hidden_size, **sizes))
     settings = {"layers": layers, "classes": int(canonical.max()) + 1, "vocab": vocab, **sizes}
     return ENGRAM.add(model, settings, canonical=canonical)
+
+
+def remove_engram(
+    model: PreTrainedModel,  # with Engrams; changed in place
+) -> PreTrainedModel:
+    "Give back the plain model."
+    return ENGRAM.remove(model)
 
 # %% ../../nbs/08b_engram.ipynb #3ca4fecf
 @contextmanager

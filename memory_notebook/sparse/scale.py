@@ -62,6 +62,7 @@ class _ShardedBag(torch.autograd.Function):
         ctx.pool = pool
         ctx.sizes = sizes
         ctx.shape = slots.shape
+        ctx.choose = pool.choose
         if sizes: return _reduce(out, sizes, pool.group)
         dist.all_reduce(out, group=pool.group)
         return out
@@ -79,7 +80,8 @@ class _ShardedBag(torch.autograd.Function):
         if sizes: d_weights = _reduce(d_weights, sizes, pool.group)
         else: dist.all_reduce(d_weights, group=pool.group)
         if sizes: d_out = d_out / len(sizes)  # the loss is the mean over processes, as DistributedDataParallel has it
-        return None, d_weights, pool.back(reads, d_out), None
+        if ctx.choose is not None: reads = reads.only(ctx.choose()[pool.start:pool.start + len(table)])
+        return None, d_weights, pool.back(reads, d_out, pool.is_sparse(len(reads.rows))), None
 
 # %% ../../nbs/08e_scale.ipynb #e8f4606d
 class ShardedValuePool(ValuePool):
@@ -100,6 +102,7 @@ class ShardedValuePool(ValuePool):
         start = min(memory_slots, dist.get_rank(group) * each)
         super().__init__(min(memory_slots, start + each) - start, slot_dim, gradient, device, dtype)
         self.memory_slots = memory_slots
+        self.documents = torch.zeros(memory_slots, device=device, dtype=torch.int32)  # of all slots, in every process
         self.start = start
         self.group = group
         self.tokens = tokens
@@ -113,6 +116,13 @@ class ShardedValuePool(ValuePool):
         ]
         dist.all_gather(sizes, torch.tensor(here, device=self.weight.device), group=self.group)
         return [int(n) for n in sizes]
+
+    def total(self, counts: Tensor) -> Tensor:
+        "Reads of all processes. All processes must call it together."
+        if self.tokens == "same": return counts
+        counts = counts.clone()
+        dist.all_reduce(counts, group=self.group)
+        return counts
 
     def forward(self, slots: Tensor, weights: Tensor) -> Tensor:
         "Weighted sums of rows, wherever they lie. All processes must call it together."
@@ -139,10 +149,14 @@ def shard_values(
 ) -> nn.Module:
     "Leave each process with its own rows of the model's values."
     pools = {id(m): m for m in model.modules() if isinstance(m, ValuePool) and not isinstance(m, ShardedValuePool)}
+    if any(p.choose is not None for p in pools.values()):
+        raise ValueError("a SparseFinetuner is at work: call shard_values first, and make the finetuner afterwards")
     new = {}
     for i, p in pools.items():
         q = ShardedValuePool(p.memory_slots, p.slot_dim, p.gradient, group, tokens, p.weight.device, p.weight.dtype)
         q.weight.copy_(p.weight[q.start:q.start + len(q.weight)])
+        q.documents.copy_(p.documents)  # the background that was counted
+        q.document_count.copy_(p.document_count)
         new[i] = q
     for m in list(model.modules()):
         for name, child in list(m._modules.items()):
@@ -155,14 +169,15 @@ def shard_values(
 
 # %% ../../nbs/08e_scale.ipynb #b33debd8
 def _stored(pool: ValuePool) -> dict[str, Any]:
-    return {"values": pool.whole() if isinstance(pool, ShardedValuePool) else pool.weight.data}
+    values = pool.whole() if isinstance(pool, ShardedValuePool) else pool.weight.data
+    return {"values": values, "documents": pool.documents, "document_count": pool.document_count}
 
 
 def save_values(
     pool: ValuePool,  # sharded or not; all processes call it together
     folder: str | Path,
 ) -> None:
-    "Write a table of values, each process its own rows."
+    "Write a table of values, each process its own rows, and its background."
     dcp.save(_stored(pool), checkpoint_id=str(folder), no_dist=not isinstance(pool, ShardedValuePool))
 
 
@@ -172,4 +187,6 @@ def load_values(
 ) -> None:
     "Read what `save_values` wrote, in place."
     if not (Path(folder) / ".metadata").is_file(): raise FileNotFoundError(f"no values at {folder}")
-    dcp.load(_stored(pool), checkpoint_id=str(folder), no_dist=not isinstance(pool, ShardedValuePool))
+    there = dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata  # older folders have no background
+    stored = {k: v for k, v in _stored(pool).items() if k in there}
+    dcp.load(stored, checkpoint_id=str(folder), no_dist=not isinstance(pool, ShardedValuePool))

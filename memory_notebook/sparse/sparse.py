@@ -9,6 +9,7 @@ __all__ = ['Rows', 'Reads', 'ValuePool', 'Pairs', 'pair_top_k', 'Found', 'Produc
 # %% ../../nbs/08_sparse.ipynb #0dc55ba8
 import copy
 import math
+import warnings
 import weakref
 from collections import defaultdict
 from dataclasses import dataclass
@@ -52,6 +53,17 @@ class _Room:
         weakref.finalize(lent, self.idle.append, memory)  # the tensor holds `lent`
         return torch.from_numpy(lent).view(like.dtype).view(n, like.shape[1])
 
+# %% ../../nbs/08_sparse.ipynb #1487a484
+def _needs_plain(x: Tensor) -> bool:
+    "Whether only ordinary operations of torch will do: under `torch.func` or export, and where there are no numbers."
+    if torch.compiler.is_compiling(): return torch.compiler.is_exporting()
+    return (
+        x.is_meta
+        or type(x) not in (Tensor, nn.Parameter)
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
 # %% ../../nbs/08_sparse.ipynb #c2b04d5b
 def _read_rows(
     slots: Tensor,  # (b, k) rows of the table
@@ -60,6 +72,17 @@ def _read_rows(
 ) -> Tensor:  # (b, w)
     "Weighted sums of k rows each: a sparse matrix times a table."
     return F.embedding_bag(slots, table, mode="sum", per_sample_weights=weights)
+
+
+def _gather_rows(slots: Tensor, weights: Tensor, table: Tensor) -> Tensor:
+    "The same by ordinary operations, which can be differentiated any number of times, mapped and recorded."
+    return (table[slots] * weights.unsqueeze(-1)).sum(-2)
+
+
+def _spread(rows: Tensor, weights: Tensor, out: Tensor, n: int) -> Tensor:  # (b, k), (b, k), (b, w) -> (n, w)
+    "Its gradient for the table: the transposed matrix, by ordinary operations."
+    each = weights.unsqueeze(-1) * out.unsqueeze(-2)
+    return each.new_zeros(n, out.shape[-1]).index_add(0, rows.flatten(), each.flatten(0, 1))
 
 
 class Rows(NamedTuple):
@@ -133,21 +156,37 @@ class Reads(NamedTuple):
 class _Bag(torch.autograd.Function):
     "`_read_rows` with the gradient that its pool wants."
     @staticmethod
-    def forward(ctx: Any, slots: Tensor, weights: Tensor, table: Tensor, pool: "ValuePool") -> Tensor:
+    def forward(ctx: Any, slots: Tensor, weights: Tensor, table: Tensor, pool: "ValuePool", sparse: bool) -> Tensor:
         ctx.save_for_backward(slots, weights, table)
         ctx.pool = pool
+        ctx.sparse = sparse
+        ctx.choose = pool.choose
         return _read_rows(slots, weights, table)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         slots, weights, table = ctx.saved_tensors
-        pool = ctx.pool
+        if torch.is_grad_enabled(): return None, *_Bag.twice(ctx, d_out), None, None
         d_out = d_out.contiguous()
         reads = Reads.sort(slots.flatten(), _readers(slots), weights.flatten())
         d_weights = reads.back_weights(d_out, table).view_as(slots) if ctx.needs_input_grad[1] else None
-        if not ctx.needs_input_grad[2]: return None, d_weights, None, None
-        return None, d_weights, pool.back(reads if pool.choose is None else reads.only(pool.choose()), d_out), None
+        if not ctx.needs_input_grad[2]: return None, d_weights, None, None, None
+        if ctx.choose is not None: reads = reads.only(ctx.choose())
+        return None, d_weights, ctx.pool.back(reads, d_out, ctx.sparse), None, None
+
+    @staticmethod
+    def twice(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
+        "Gradients of weights and table that can be differentiated again."
+        slots, weights, table = ctx.saved_tensors
+        d_table = _spread(slots, weights, d_out, len(table))
+        if ctx.choose is not None: d_table = d_table * ctx.choose().unsqueeze(1)
+        return (table[slots] * d_out.unsqueeze(1)).sum(-1), d_table
+
+# %% ../../nbs/08_sparse.ipynb #53e3767d
+def _averages_gradients() -> bool:
+    "Whether DistributedDataParallel is running the model."
+    if torch.compiler.is_compiling(): return False
+    return nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None
 
 # %% ../../nbs/08_sparse.ipynb #b3aa8ead
 class ValuePool(nn.Module):
@@ -179,18 +218,39 @@ class ValuePool(nn.Module):
         "Whether the gradient of so many reads is sparse."
         return self.gradient == "sparse" or self.gradient == "auto" and self.memory_slots > 2 * reads
 
-    def back(self, reads: Reads, d_out: Tensor) -> Tensor:  # dense or sparse
+    def back(self, reads: Reads, d_out: Tensor, sparse: bool) -> Tensor:
         "Gradient of the table from that of the bags (b, slot_dim)."
         n = len(self.weight)
-        if self.is_sparse(len(reads.rows)): return reads.back_rows(d_out, self.room).sparse(n)
+        if sparse: return reads.back_rows(d_out, self.room).sparse(n)
         return reads.back_table(d_out, n, self.room)
+
+    def total(self, counts: Tensor) -> Tensor:
+        "Reads (memory_slots,) of the whole batch, of which this process may have seen a part."
+        return counts
 
     def forward(self,
         slots: Tensor,  # (b, k)
         weights: Tensor,  # (b, k)
     ) -> Tensor:  # (b, slot_dim)
         "Weighted sums of rows."
-        return _Bag.apply(slots, weights.to(self.weight.dtype), self.weight, self)
+        weights = weights.to(self.weight.dtype)
+        if _needs_plain(weights) or _needs_plain(self.weight):
+            if self.choose is None: return _gather_rows(slots, weights, self.weight)
+            raise ValueError("only some rows may learn here, which torch.func and torch.export cannot be told")
+        sparse = self.is_sparse(slots.numel())
+        if sparse and self.weight.requires_grad and _averages_gradients(): sparse = self._dense_instead()
+        return _Bag.apply(slots, weights, self.weight, self, sparse)
+
+    def _dense_instead(self) -> bool:
+        "DistributedDataParallel averages dense gradients only."
+        if self.choose is not None:
+            raise ValueError("DistributedDataParallel would average rows that were not chosen: call shard_values first")
+        warnings.warn(
+            f"gradient={self.gradient!r} under DistributedDataParallel: the gradient of the whole table is averaged. "
+            "shard_values leaves each process with some of the rows, and averages none",
+            stacklevel=4,
+        )
+        return False
 
     def extra_repr(self) -> str:
         return f"memory_slots={self.memory_slots}, slot_dim={self.slot_dim}, gradient={self.gradient!r}"
@@ -202,21 +262,39 @@ def _winning_pairs(
     device: torch.device | None = None,
 ) -> Tensor:  # (2, p) ranks in the first and in the second list
     "The pairs of ranks that can be among the k best sums of two sorted lists."
-    i, j = torch.meshgrid(torch.arange(k, device=device), torch.arange(k, device=device), indexing="ij")
-    return torch.stack([i, j])[:, (i + 1) * (j + 1) <= k]
+    at = [(i, j) for i in range(k) for j in range(k // (i + 1))]
+    return torch.tensor(at, device=device).T.contiguous()
 
 # %% ../../nbs/08_sparse.ipynb #ec7f5ef5
+def _partition(scores: Tensor, k: int) -> Tensor:  # (b, n) -> (b, k), in no order
+    "Where the k largest are, by NumPy."
+    n = scores.shape[1]
+    at = np.argpartition(scores.detach().numpy(), n - k, axis=1)[:, n - k:]
+    return torch.from_numpy(at.astype(np.int64, copy=False))
+
+
+def _group_size(n: int, k: int) -> int:
+    "Scores in a group: a power of two about sqrt(n / k) that divides n."
+    g = 1
+    while n % (2 * g) == 0 and (2 * g) ** 2 * k <= n: g *= 2
+    return g
+
+
 def _top_k(
     scores: Tensor,  # (..., n)
     k: int,
 ) -> tuple[Tensor, Tensor]:  # values and index (..., k), best first
-    "The k largest of the last axis, without gradients."
-    scores = scores.detach()
+    "The k largest of the last axis."
     n = scores.shape[-1]
-    if scores.device.type != "cpu" or scores.dtype != torch.float32 or torch.get_num_threads() > 2 or k == n:
+    threads = torch.get_num_threads()
+    if _needs_plain(scores) or not scores.is_cpu or scores.dtype != torch.float32 or threads > 2 or k == n:
         return scores.topk(k, dim=-1)
     flat = scores.reshape(-1, n)
-    index = torch.from_numpy(np.argpartition(flat.numpy(), n - k, axis=-1)[:, n - k:].astype(np.int64, copy=False))
+    if (g := _group_size(n, k)) == 1: index = _partition(flat, k)
+    else:  # group j: the scores j, j + n / g, j + 2 n / g ...
+        groups = _partition(flat.view(-1, g, n // g).amax(1), k)
+        index = (groups.unsqueeze(1) + torch.arange(0, n, n // g).view(g, 1)).flatten(1)
+        index = index.gather(1, _partition(flat.gather(1, index), k))
     values, order = flat.gather(1, index).sort(-1, descending=True)
     return values.view(*scores.shape[:-1], k), index.gather(1, order).view(*scores.shape[:-1], k)
 
@@ -250,17 +328,22 @@ class _PairScores(torch.autograd.Function):
         return scores.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_scores: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys, rows = ctx.saved_tensors
         rows = rows.flatten(0, 1)
         weights = torch.cat([d_scores, d_scores], 1).flatten(0, 1).to(keys.dtype)  # a score goes to both its halves
+        flat = queries.flatten(0, 1).to(keys.dtype)
         d_queries = None
         d_keys = None
-        if ctx.needs_input_grad[1]: d_queries = _read_rows(rows, weights, keys).view_as(queries).to(queries.dtype)
-        if ctx.needs_input_grad[2]:
-            reads = Reads.sort(rows.flatten(), _readers(rows), weights.flatten())
-            d_keys = reads.back_table(queries.flatten(0, 1).to(keys.dtype), len(keys), _Room())
+        if torch.is_grad_enabled():  # to be differentiated again
+            d_queries = _gather_rows(rows, weights, keys)
+            d_keys = _spread(rows, weights, flat, len(keys))
+        else:
+            if ctx.needs_input_grad[1]: d_queries = _read_rows(rows, weights, keys)
+            if ctx.needs_input_grad[2]:
+                reads = Reads.sort(rows.flatten(), _readers(rows), weights.flatten())
+                d_keys = reads.back_table(flat, len(keys), _Room())
+        if d_queries is not None: d_queries = d_queries.view_as(queries).to(queries.dtype)
         return None, d_queries, d_keys, None
 
 # %% ../../nbs/08_sparse.ipynb #c42b8e4c
@@ -301,21 +384,30 @@ class ProductKeys(nn.Module):
         nn.init.zeros_(self.query.bias)
         nn.init.uniform_(self.keys, -self.half ** -0.5, self.half ** -0.5)
 
-    def queries(self, x: Tensor) -> Tensor:  # (b, d) -> (b, 2h, half): the first halves of all heads, then the second
+    def queries(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        "(b, d) -> (b, 2h, half): the first halves of all heads, then the second."
         split = lambda v: v.view(len(v), 2 * self.heads, self.half)
         q = self.query(x)
-        return self.norm(split(q)) if isinstance(self.norm, nn.LayerNorm) else split(self.norm(q))
+        if isinstance(self.norm, nn.LayerNorm): return self.norm(split(q))
+        if mask is None or not isinstance(self.norm, nn.BatchNorm1d): return split(self.norm(q))
+        real = mask.reshape(-1).nonzero().squeeze(1)
+        return split(torch.zeros_like(q).index_copy(0, real, self.norm(q[real])))  # padding is not in the statistics
 
     def search(self, q: Tensor) -> Pairs:  # (h, b, k)
         "The k best pairs of each head for queries (b, 2h, half)."
         halves = q.transpose(0, 1) @ self.keys.mT  # (2h, b, n)
         return pair_top_k(halves[:self.heads], halves[self.heads:], self.k)
 
-    def forward(self, x: Tensor) -> Found:
-        "The k best slots of each head for every token of x (..., d)."
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Found:
+        "The k best slots of each head for every token of x (..., d); the mask (...) is for `query_norm=\"batch\"`."
         h = self.heads
         n = self.n
-        q = self.queries(x.reshape(-1, x.shape[-1]))
+        q = self.queries(x.reshape(-1, x.shape[-1]), mask)
+        back = lambda v: v.view(*x.shape[:-1], h, self.k)
+        weigh = lambda v: v.softmax(-1, dtype=torch.promote_types(v.dtype, torch.float32))
+        if _needs_plain(q) or not len(q):
+            scores, first, second = (v.transpose(0, 1).reshape(-1, h, self.k) for v in self.search(q))
+            return Found(back(weigh(scores)), back(first * n + second))
         with torch.no_grad():
             parts = q.split(_at_a_time(2 * h * n * q.element_size(), q.device))
             found = Pairs(*(torch.cat(v, 1) for v in zip(*map(self.search, parts))))
@@ -325,8 +417,7 @@ class ProductKeys(nn.Module):
             slots = by_token(found.first * n + found.second)
             scores = by_token(found.scores)
         scores = _PairScores.apply(scores, q, self.keys.flatten(0, 1), rows)
-        back = lambda v: v.view(*x.shape[:-1], h, self.k)
-        return Found(back(scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))), back(slots))
+        return Found(back(weigh(scores)), back(slots))
 
 # %% ../../nbs/08_sparse.ipynb #4116482c
 class SlotCounter:
@@ -340,10 +431,21 @@ class SlotCounter:
         if len({m.n for m in self.keys}) > 1:
             raise ValueError("the memory layers have different numbers of slots: count each alone")
         self.weighted = weighted
-        self.mask = None  # (b, t), 1 for tokens that count; set before a forward pass
+        self.mask = None
         self.active = True
         self.hooks = []
         self.reset()
+
+    @property
+    def mask(self) -> Tensor | None:
+        "(b, t), 1 for tokens that count; set before a forward pass."
+        return self._mask
+
+    @mask.setter
+    def mask(self, mask: Tensor | None) -> None:
+        if mask is not None and mask.dim() != 2:
+            raise ValueError(f"the mask is {tuple(mask.shape)}: expected (b, t), 1 for tokens and 0 for padding")
+        self._mask = mask
 
     def reset(self) -> None:
         "Begin at zero."
@@ -354,7 +456,9 @@ class SlotCounter:
         slots = found.slots
         weights = found.weights.detach() if self.weighted else torch.ones_like(found.weights)
         if self.mask is not None:  # it may be longer, with the tokens that are cached
-            weights = weights * self.mask[:, -slots.shape[1]:, None, None]
+            tokens = slots.shape[:-2].numel()
+            here = self.mask[:, -(tokens // len(self.mask)):]
+            weights = weights * here.to(weights.device).reshape(*slots.shape[:-2], 1, 1)
         self.counts += torch.bincount(slots.flatten(), weights.flatten().double(), len(self.counts))
 
     def __enter__(self) -> "SlotCounter":
@@ -431,12 +535,15 @@ class ProductKeyMemory(nn.Module):
         if got != want: raise ValueError(f"expected a pool of (memory_slots, slot_dim) {want}, got {got}")
         self.__dict__["values"] = values  # past torch's registration
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self,
+        x: Tensor,  # (..., d)
+        mask: Tensor | None = None,  # (...) 0 for padding; only `query_norm="batch"` looks at other tokens
+    ) -> Tensor:  # (..., d)
         "Read, and gate what was read."
-        found = self.keys(x)
+        found = self.keys(x, mask)
         k = self.config.heads * self.config.k  # reads of a token
         read = self.values(found.slots.reshape(-1, k), found.weights.reshape(-1, k))
-        read = read.view(*x.shape[:-1], -1).to(x.dtype)
+        read = read.view(*x.shape[:-1], self.config.value_dim).to(x.dtype)
         return self.out(read * F.silu(self.gate(x))) if self.config.gated else read
 
 # %% ../../nbs/08_sparse.ipynb #7e0acfdd
@@ -512,6 +619,7 @@ def step_rows(
     *tables: nn.Parameter,  # with sparse gradients; none: all two-dimensional parameters
 ) -> RowSteps:
     "From now on a step of the optimiser touches only rows with a gradient, its own state too."
+    while hasattr(optimizer, "optimizer"): optimizer = optimizer.optimizer  # inside accelerate's wrapper
     held = [p for group in optimizer.param_groups for p in group["params"]]
     if missing := [tuple(t.shape) for t in tables if not any(t is p for p in held)]:
         raise ValueError(
