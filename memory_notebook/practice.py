@@ -123,7 +123,7 @@ def train_sequence(
     device: str = "auto",
     precision: str = "no",  # "no", "fp16", "bf16"
     checkpoint: str | Path | None = None,  # continued from if it exists
-    progress: bool | None = None,  # None: on a terminal only
+    progress: bool | None = None,  # None: on a terminal, and in a notebook
     **options: Any,  # further arguments of the task; ragged=True for batches of different lengths
 ) -> History:  # columns bits, sequences, train_loss (nats per bit), and level with a curriculum
     "Train a machine on a task; the best weights are kept. Graves et al. 2014, section 4.6."
