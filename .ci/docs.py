@@ -45,6 +45,9 @@ def check_source(nb, bad):
     for c in nb["cells"]:
         s = text(c["source"])
         if any(o["output_type"] == "error" for o in c.get("outputs", [])): bad(f"{name(c)} shows an error")
+        said = "".join(text(o.get("text", o.get("data", {}).get("text/plain", ""))) for o in c.get("outputs", []))
+        if re.search(r"%\|.*\[\d\d:\d\d<", said):
+            bad(f"{name(c)} keeps a progress bar: TQDM_DISABLE=1 jupyter execute --inplace nbs/...")
         if c["cell_type"] != "code" or re.match(r"(#\|.*\n)*#\|\s*(export|eval)", s) or "nbdev_export()" in s: continue
         kinds = {type(node) for node in ast.walk(ast.parse(re.sub(r"(?m)^[%!].*", "", s)))}
         if kinds & {ast.Import, ast.ImportFrom} and kinds & {ast.Expr, ast.Assign}:

@@ -11,6 +11,7 @@ import math
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Literal
 
@@ -21,7 +22,15 @@ from torch import Tensor, nn
 from .core import patch
 from .data import load_digits
 from .streams import Results, Stream, Walk, split_stream
-from .train import load_checkpoint, pick_device, progress_bar, rng_state, save_checkpoint, set_rng_state
+from memory_notebook.train import (
+    checked_optimizer,
+    load_checkpoint,
+    pick_device,
+    progress_bar,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+)
 
 # %% ../nbs/00j_learner.ipynb #f7b6324d
 def _amd() -> bool:
@@ -175,7 +184,9 @@ class Learner:
         if precision not in ("no", "bf16"): raise ValueError(f"precision is {precision!r}: choose 'no' or 'bf16'")
         self.device = pick_device(str(device))
         self.seed = seed
-        self.methods = list(methods)
+        self.methods = [methods] if isinstance(methods, (str, type)) or hasattr(methods, "parts") else list(methods)
+        if wrong := [m for m in self.methods if isinstance(m, type) or not hasattr(m, "parts")]:
+            raise TypeError(f"methods are objects with their settings, as [EWC(lam=1e3)], got {wrong[0]!r}")
         self.hooks = [hook for m in self.methods for hook in (m, *m.parts)]  # what is called
         self.model = model
         model.to(self.device)
@@ -184,9 +195,8 @@ class Learner:
         self.clip = clip
         self.precision = precision
         params = [p for p in model.parameters() if p.requires_grad]
-        self.opt = opt if isinstance(opt, torch.optim.Optimizer) else None
-        if self.gradients and self.opt is None:
-            self.opt = opt(params) if opt else torch.optim.Adam(params, 1e-3, fused=True)
+        adam = partial(torch.optim.Adam, lr=1e-3, fused=True)
+        self.opt = checked_optimizer(adam if opt is None else opt, model) if self.gradients else None
         self.schedule = schedule(self.opt) if schedule else None
         moved = {id(p) for group in self.opt.param_groups for p in group["params"]} if self.opt else set()
         self.params = [p for p in params if id(p) in moved or not self.gradients]  # what the optimiser moves
@@ -315,7 +325,7 @@ def fit(self: Learner,
     batch_size: int = 128,
     checkpoint: str | Path | None = None,  # file; written after each context, and continued from if it exists
     every: int | None = None,  # also written after so many steps
-    progress: bool | None = None,  # None: on a terminal only
+    progress: bool | None = None,  # None: on a terminal, and in a notebook
 ) -> Results:
     "Learn a stream and test after every context. Killed at any moment and called again it ends with the same bits."
     for m in self.methods:

@@ -159,7 +159,12 @@ def live(
 
     draw()
     for box in boxes.values(): box.observe(draw, "value")
-    return w.VBox([*boxes.values(), note, view])
+    seen = w.IntText(0)  # set in the browser; a kernel that hears of it is running
+    seen.observe(lambda change: setattr(note, "value", ""), "value")
+    w.jsdlink((w.IntText(1), "value"), (seen, "value"))
+    page = w.VBox([*boxes.values(), note, view])
+    page.seen = seen
+    return page
 
 # %% ../nbs/00d_live.ipynb #5d62e0a8
 def _picker(

@@ -302,7 +302,7 @@ def train_sequence(
     device: str = "auto",
     precision: str = "no",  # "no", "fp16", "bf16"
     checkpoint: str | Path | None = None,  # continued from if it exists
-    progress: bool | None = None,  # None: on a terminal only
+    progress: bool | None = None,  # None: on a terminal, and in a notebook
     **options: Any,  # further arguments of the task; ragged=True for batches of different lengths
 ) -> History:  # columns bits (a list of them for machines side by side), sequences, train_loss, level
     "Train a machine, or several side by side, on a task. Graves et al. 2014, section 4.6."

@@ -18,7 +18,7 @@ from collections import namedtuple
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Literal
+from typing import Any, Callable, Iterable, Iterator, Literal
 
 import numpy as np
 import torch
@@ -29,9 +29,6 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 from tqdm.auto import tqdm
 
 from .core import patch
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator  # an extra, [train]: checkpoints and devices need none
 
 # %% ../nbs/00b_train.ipynb #3e04558c
 def _pack(
@@ -262,7 +259,7 @@ class Loop:
         model: nn.Module,
         train: Iterable,
         optimizer: torch.optim.Optimizer,
-        accelerator: "Accelerator",
+        accelerator: Any,  # of accelerate, an extra: checkpoints and devices do without
         bar: tqdm,
         *,
         loss_fn: Callable,
@@ -507,7 +504,7 @@ def pick_device(
 def _accelerator(
     device: str | torch.device = "auto",
     precision: Literal["no", "fp16", "bf16"] = "no",  # mixed precision
-) -> Iterator["Accelerator"]:
+) -> Iterator[Any]:
     "An accelerator for one training. Its settings are global: those of a training around this one are put back."
     if precision not in ("no", "fp16", "bf16"):
         raise ValueError(f"precision is {precision!r}: choose 'no', 'fp16' or 'bf16'")

@@ -298,6 +298,7 @@ def test_chapter_runs_in_jupyterlab(browser, lab, tmp_path):
                          book.activeCellIndex = i; return book.scrollToItem(i) }""", i)
         cell = f".jp-Cell[data-windowed-list-index='{i}']"
         wait_alt(page, cell, before)
+        if i == live: page.locator(cell).get_by_text("This view needs a kernel").wait_for(state="hidden", timeout=WAIT)
         page.locator(f"{cell} [role=slider]").first.focus()
         page.keyboard.press("ArrowRight")
         wait_alt(page, cell, after)

@@ -151,8 +151,8 @@ def test_a_result_says_where_every_part_comes_from(path):
     result = json.loads(path.read_text(encoding="utf-8"))
     if "metrics" not in result: return  # a drawing's data
     commits = str(result["commit"]).split(", ")
-    assert all(re.fullmatch(r"[0-9a-f]{12}(\+dirty)?|None|unknown", c) for c in commits)
-    if len(commits) > 1 or not re.fullmatch("[0-9a-f]{12}", commits[0]):
+    assert all(re.fullmatch(r"[0-9a-f]{12,40}(\+dirty)?|None|unknown", c) for c in commits)
+    if len(commits) > 1 or not re.fullmatch("[0-9a-f]{12,40}", commits[0]):
         assert all(g["commit"] or g["note"] for g in result["provenance"])
         assert all({"machine", "versions", "config", "units"} <= set(g) for g in result["provenance"])
     assert not {"commits", "sequences_ntm"} & set(result["config"]), "what differs between units stands in provenance"

@@ -336,17 +336,17 @@ def _cells(**rows: tuple) -> dict[str, float]:
     return {f"{c}.{m}": v for m, row in rows.items() for c, v in zip(SCENARIOS, row) if v is not None}
 
 
-_VANDEVEN = _cells(  # van de Ven, Tuytelaars & Tolias 2022, Table 2
+_VANDEVEN = _cells(  # van de Ven, Tuytelaars & Tolias 2022, Table 2; every cell recalled, none checked on the page
     none=(84.32, 60.13, 19.89), joint=(99.67, 98.59, 98.17), sepn=(99.57, None, None), xdg=(98.7, None, None),
     ewc=(99.06, 63.03, 20.64), si=(99.20, 66.94, 21.20), lwf=(99.60, 71.18, 21.89), dgr=(99.50, 95.57, 90.35),
     er=(98.98, 93.75, 88.79), agem=(98.6, 84.0, 65.0), genc=(None, None, 93.82), icarl=(None, None, 92.49))
 
 # %% ../../nbs/04e_continual.ipynb #afb9fb41
 def _percent(acc: dict[str, Any], paper: float | None = None, points: float = 2.0) -> str:
-    "Mean ± standard error over seeds, the paper's number in brackets, a star where they differ by more than `points`."
+    "Mean ± standard error over seeds; in brackets the paper's number, as recalled (ʳ); a star: `points` or more apart."
     ours = 100 * acc["mean"]
     error = 100 * acc["std"] / math.sqrt(len(acc["values"]))
-    there = "" if paper is None else f" ({paper:.2f})" + "*" * (abs(ours - paper) > points)
+    there = "" if paper is None else f" ({paper:.2f}ʳ)" + "*" * (abs(ours - paper) > points)
     return f"{ours:.2f} ± {error:.2f}{there}"
 
 
@@ -446,7 +446,7 @@ def _permuted_settings(buffer: int = 200) -> dict[str, _PermutedSettings]:
     }
 
 
-_BUZZEGA = {  # Buzzega et al. 2020, Table 2, P-MNIST, means of ten runs; buffer -> method -> percent
+_BUZZEGA = {  # Buzzega et al. 2020, Table 2, P-MNIST, means of ten runs, recalled; buffer -> method -> percent
     200: {"none": 40.70, "joint": 94.33, "oewc": 75.79, "er": 72.37, "agem": 66.42, "der": 81.74, "derpp": 83.58},
     500: {"none": 40.70, "joint": 94.33, "oewc": 75.79, "er": 80.60, "derpp": 88.21}}
 

@@ -71,11 +71,12 @@ def decoder_layers(
 
 def chosen_layers(
     model: PreTrainedModel,
-    layers: Iterable[int],  # numbers of blocks, in any order
+    layers: int | Iterable[int],  # numbers of blocks, in any order; or one number
 ) -> list[int]:
     "The numbers of the blocks that get a memory, rising. Raises ValueError if the model has no such block."
     depth = len(decoder_layers(model))
-    layers = sorted({index(i) for i in layers})
+    try: layers = sorted({index(i) for i in (layers if isinstance(layers, Iterable) else [layers])})
+    except TypeError: raise TypeError(f"layers are {layers!r}: expected numbers of blocks, as [0, 2]") from None
     if not layers or layers[0] < 0 or layers[-1] >= depth:
         raise ValueError(f"layers are {layers}: expected some of 0 to {depth - 1}")
     return layers
@@ -333,15 +334,11 @@ def _host_class(host: Host, base: type[PreTrainedModel]) -> type[PreTrainedModel
     "The class of a host."
     bases = [host.mixin] if host.mixin else []
     if not issubclass(base, _Hosted): bases.append(_Hosted)
+    own = {"config_class": _host_config(host, base.config_class), "_made_of": (host, base), "__reduce_ex__": _reduced}
+    model = type(f"{base.__name__}With{host.name.capitalize()}", (*bases, base), own | {"__module__": __name__})
     about = f"\n\n{host.mixin.__doc__.splitlines()[0]}" if host.mixin and host.mixin.__doc__ else ""
-    own = {
-        "config_class": _host_config(host, base.config_class),
-        "_made_of": (host, base),
-        "__reduce_ex__": _reduced,
-        "__module__": __name__,
-        "__doc__": f"The `{base.__name__}` of transformers with a {host.name}: `from_pretrained(folder or name)`.{about}",
-    }
-    model = type(f"{base.__name__}With{host.name.capitalize()}", (*bases, base), own)
+    what = f"`{base.__name__}` of transformers with a {host.name}"
+    model.__doc__ = f"{what}: `from_pretrained(folder or name)`.{about}"
     _renamed_weights(model.__name__, base.__name__)
     _register(host, model, base)
     return model
