@@ -226,12 +226,13 @@ def test_checkpointed_blocks(family):
     assert_close(gradients(), plain)
 
 
-def trainer(model, folder, rows=3, callbacks=(), **options):
+def trainer(model, folder, callbacks=(), **options):
     arguments = TrainingArguments(
         folder, max_steps=3, per_device_train_batch_size=2, learning_rate=0.1, max_grad_norm=0.5, report_to=[],
         save_strategy="no", logging_strategy="no", use_cpu=True, disable_tqdm=True, **options,
     )
-    made = Trainer(model, arguments, train_dataset=[{"input_ids": i, "labels": i} for i in ids], callbacks=list(callbacks))
+    rows = [{"input_ids": i, "labels": i} for i in ids]
+    made = Trainer(model, arguments, train_dataset=rows, callbacks=list(callbacks))
     made.remove_callback(PrinterCallback)
     return made
 
@@ -269,7 +270,8 @@ if __name__ == "__main__":  # writes the table that the chapter shows
             with tempfile.TemporaryDirectory() as folder: why = reason(family, kind, Path(folder))
             if why: reasons[f"{family}.{kind}"] = why
     metrics = {f"{f}.{k}": 0.0 if f"{f}.{k}" in reasons else 1.0 for f in FAMILIES for k in ADD}
-    result = {"experiment": "families", "config": {"layers": [0, 2]}, "seeds": [0], "metrics": metrics, "reasons": reasons,
+    result = {"experiment": "families", "config": {"layers": [0, 2]}, "seeds": [0],
+              "metrics": metrics, "reasons": reasons,
               "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
               "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
               "machine": {}, "wall_s": round(time.time() - start, 1)}

@@ -122,9 +122,9 @@ class NgramHash(nn.Module):
 
     def resize(self, vocab: int) -> None:
         "For a larger or smaller vocabulary. New tokens are classes of their own, behind all others."
-        more = torch.arange(vocab - len(self.canonical), device=self.canonical.device) if vocab > len(self.canonical) else []
         last = max(self.nothing, int(self.canonical.max()))
-        self.canonical = torch.cat([self.canonical, last + 1 + more]) if len(more) else self.canonical[:vocab].clone()
+        more = torch.arange(max(0, vocab - len(self.canonical)), device=self.canonical.device)
+        self.canonical = torch.cat([self.canonical[:vocab], last + 1 + more])
 
     def compress(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:  # (b, t)
         "Tokens of the smaller vocabulary; `nothing` where the mask (b, t) is 0."
@@ -354,8 +354,8 @@ def _hand_down(base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]
     if ids is None: raise ValueError("an Engram looks up tokens: call the model with input_ids, not with inputs_embeds")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         raise ValueError(
-            f"attention_mask is {tuple(getattr(mask, 'shape', ()))}: an Engram needs the one of shape (b, t), and a cache "
-            "that grows (static ones make their own mask)"
+            f"attention_mask is {tuple(getattr(mask, 'shape', ()))}: an Engram needs the one of shape (b, t), and a "
+            "cache that grows (static ones make their own mask)"
         )
     said = ids, mask if mask is None else mask[:, -ids.shape[1]:], _starts(given.get("position_ids"), ids)
     if not torch.compiler.is_compiling(): _SAID.set(said)
@@ -436,7 +436,8 @@ def add_engram(
     model: PreTrainedModel,  # GPT-2, Llama, or built like them; changed in place
     layers: Iterable[int],  # blocks that get one before their attention; the paper: the second and the middle one
     canonical: Tensor | None = None,  # (vocab,) of `canonical_ids(tokenizer)`; None: nothing is the same
-    # of `EngramConfig`: rows, max_order, heads, read_dim, kernel, gated, signed_root, silent, sparse, seed, eos_token_id
+    # of `EngramConfig`: rows, max_order, heads, read_dim, kernel, gated, signed_root, silent, sparse, seed
+    # and eos_token_id
     **sizes: Any,
 ) -> PreTrainedModel:
     "Give a language model a table of n-grams. Cheng et al. 2026."

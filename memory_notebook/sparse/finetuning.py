@@ -57,7 +57,8 @@ class _Beside(nn.Module):
 def _try_feed_forward(model: PreTrainedModel, layers: list[int]) -> None:
     "Two tokens go through a model of a family that is not in FAMILIES: is its feed-forward part what we take it for?"
     seen = []
-    look = lambda part, args, out: seen.append((part, [getattr(a, "shape", None) for a in args], getattr(out, "shape", 0)))
+    shape = lambda v: getattr(v, "shape", None)
+    look = lambda part, args, out: seen.append((part, [shape(a) for a in args], shape(out)))
     parts = [feed_forward(decoder_layers(model)[i]) for i in layers]
     hooks = [part.register_forward_hook(look) for part in parts]
     try: model(torch.zeros(1, 2, dtype=torch.long, device=model.device))

@@ -81,7 +81,7 @@ def chosen_layers(
         raise ValueError(f"layers are {layers}: expected some of 0 to {depth - 1}")
     return layers
 
-# %% ../../nbs/08a_host.ipynb #12618b38
+# %% ../../nbs/08a_host.ipynb #a190eeb9
 _SPREAD = ("fc1", "activation_fn", "fc2")  # OPT
 
 
@@ -91,7 +91,8 @@ def feed_forward(block: nn.Module) -> nn.Module:
     if all(hasattr(block, name) for name in _SPREAD):
         parts = [getattr(block, name) for name in _SPREAD]
         return parts[-1] if isinstance(parts[0], nn.Identity) else nn.Sequential(*parts)
-    raise ValueError(f"{type(block).__name__} has no feed-forward part, beside or instead of which a memory could stand")
+    name = type(block).__name__
+    raise ValueError(f"{name} has no feed-forward part, beside or instead of which a memory could stand")
 
 
 def put_feed_forward(block: nn.Module, part: nn.Module) -> None:
@@ -119,7 +120,7 @@ def call_arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, An
 def floating_like(block: nn.Module) -> Tensor:
     "A parameter whose device and type a memory in this block should have: quantised weights are no numbers to learn."
     found = next((p for p in block.parameters() if p.is_floating_point() and p.element_size() > 1), None)
-    if found is None: raise ValueError(f"{type(block).__name__} has no floating-point weights: which type should it be?")
+    if found is None: raise ValueError(f"{type(block).__name__} has no floating-point weights, so no type for a memory")
     return found
 
 # %% ../../nbs/08a_host.ipynb #c02efdfa
@@ -205,7 +206,8 @@ class Host:
     ) -> PreTrainedModel:
         "Take this memory out again: class and configuration are then the plain ones."
         if (made := _made_of(type(model))) is None or made[0] != self:
-            raise ValueError(f"{type(model).__name__} does not have the memory {self.name!r}, or got another one after it")
+            name = type(model).__name__
+            raise ValueError(f"{name} does not have the memory {self.name!r}, or got another one after it")
         if self.undo is not None: self.undo(model)
         config = _copy_config(model.config, _made_of(type(model.config))[1])
         if hasattr(config, self.name): delattr(config, self.name)

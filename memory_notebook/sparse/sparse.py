@@ -276,7 +276,7 @@ def _partition(scores: Tensor, k: int) -> Tensor:  # (b, n) -> (b, k), in no ord
 def _group_size(n: int, k: int) -> int:
     "Scores in a group: a power of two about sqrt(n / k) that divides n."
     g = 1
-    while n % (2 * g) == 0 and (2 * g) ** 2 * k <= n: g *= 2
+    while n % (2 * g) == 0 and (2 * g) ** 2 * k < n: g *= 2
     return g
 
 
