@@ -468,7 +468,7 @@ def resize(self: ReplayBuffer, capacity: int) -> ReplayBuffer:
     "Another capacity; slots are dealt anew, so draw again before you update."
     capacity = _whole("capacity", capacity)
     if capacity > self.capacity < self.seen and self.strategy in ("reservoir", "class_balanced"):
-        raise ValueError(f"resize: this {self.strategy} buffer has dropped experiences, so it cannot grow and stay fair: "
+        raise ValueError(f"resize: this {self.strategy} buffer has dropped some, so it cannot grow and stay fair: "
                          "make a new one")
     slots, self.seen = self._staying(capacity)
     data = {k: v[torch.from_numpy(slots).to(v.device)] for k, v in self.store.data.items()}
