@@ -8,7 +8,7 @@ __all__ = ['SCENARIOS', 'StreamData', 'Stream', 'split_stream', 'permuted_stream
 # %% ../nbs/00f_streams.ipynb #876110cf
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Iterable, Literal, NamedTuple
+from typing import Callable, Iterable, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F

@@ -416,7 +416,7 @@ def update(self: ReplayBuffer,
 @patch
 def _different(self: ReplayBuffer, n: int, beta: float) -> tuple[Tensor, Tensor]:
     "Slots of `n` different experiences, and their weights."
-    if n > len(self): raise ValueError(f"sample: {n} different experiences of {len(self)}; draw fewer, or with repetition")
+    if n > len(self): raise ValueError(f"sample: {n} different experiences of {len(self)}; draw fewer")
     if self.priorities is None or not self.priorities.tree.running()[-1] > 0:
         return torch.randperm(len(self), generator=self.generator)[:n], torch.ones(n)
     p = torch.from_numpy(self.priorities.tree.levels[-1][:len(self)])
@@ -458,7 +458,8 @@ def _staying(self: ReplayBuffer, capacity: int) -> tuple[np.ndarray, int]:
         c.capacity = capacity
         return slots, self.seen
     if self.strategy == "reservoir":
-        return torch.randperm(n, generator=self.generator)[:capacity].numpy() if n > capacity else np.arange(n), self.seen
+        slots = torch.randperm(n, generator=self.generator) if n > capacity else torch.arange(n)
+        return slots[:capacity].numpy(), self.seen
     by_age = (self.seen + np.arange(-n, 0)) % self.capacity
     return by_age[-capacity:], min(n, capacity)
 
@@ -468,7 +469,7 @@ def resize(self: ReplayBuffer, capacity: int) -> ReplayBuffer:
     "Another capacity; slots are dealt anew, so draw again before you update."
     capacity = _whole("capacity", capacity)
     if capacity > self.capacity < self.seen and self.strategy in ("reservoir", "class_balanced"):
-        raise ValueError(f"resize: this {self.strategy} buffer has dropped experiences, so it cannot grow and stay fair; "
+        raise ValueError(f"resize: this {self.strategy} buffer has dropped some, so it cannot grow and stay fair: "
                          "make a new one")
     slots, self.seen = self._staying(capacity)
     data = {k: v[torch.from_numpy(slots).to(v.device)] for k, v in self.store.data.items()}

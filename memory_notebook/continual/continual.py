@@ -114,7 +114,7 @@ class ContinualLearningTrainer:
         "Learn one more task, or one of the earlier again, then test on all."
         learner = self.learner
         if not 0 <= task_id <= len(self.tests):
-            raise ValueError(f"task_id is {task_id}: the next new task is {len(self.tests)}, earlier ones may come back")
+            raise ValueError(f"task_id is {task_id}: the next new task is {len(self.tests)}, earlier ones may return")
         if epochs < 1: raise ValueError(f"epochs is {epochs}: expected at least 1")
         first = list(self._batches(train_loader))
         self._add_test(task_id, first if task_id == len(self.tests) and val_loader is None else val_loader)

@@ -8,7 +8,7 @@ __all__ = ['SampleMemory', 'ER', 'DER', 'VAE', 'DGR', 'AGEM', 'GEM', 'XdG', 'Sep
 
 # %% ../../nbs/04d_families.ipynb #522076e8
 from copy import deepcopy
-from typing import Callable, Iterable, Literal
+from typing import Iterable, Literal
 
 import numpy as np
 import torch
@@ -195,7 +195,8 @@ def estimate(self: VAE,
 # %% ../../nbs/04d_families.ipynb #12ab760f
 def _check_pixels(x: Tensor) -> None:
     low, high = x.aminmax()
-    if not (low >= 0 and high <= 1): raise ValueError(f"expected pixels from 0 to 1, got {low:.3g} to {high:.3g}: scale them")
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"expected pixels from 0 to 1, got {low:.3g} to {high:.3g}: scale them")
 
 # %% ../../nbs/04d_families.ipynb #e8a2eec6
 class DGR(Method):
