@@ -14,7 +14,6 @@ from typing import Any, Callable, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from .core import detach, map_state, patch
@@ -42,7 +41,8 @@ class MachineConfig:
 
     def __post_init__(self):
         if self.output_size is None: self.output_size = self.input_size
-        for name in ("input_size", "hidden_size", "memory_slots", "slot_dim", "output_size", "read_heads", "num_layers"):
+        sizes = "input_size", "hidden_size", "memory_slots", "slot_dim", "output_size", "read_heads", "num_layers"
+        for name in sizes:
             if getattr(self, name) < 1: raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
         if self.controller not in CONTROLLERS:
             raise ValueError(f"controller is {self.controller!r}: choose from {', '.join(CONTROLLERS)}")
@@ -50,15 +50,16 @@ class MachineConfig:
 
 
 def configure(
-    owner: type,  # the class that was called
+    owner: type,  # the class that was called, which errors name
     config: type,  # its dataclass of options
     *sizes: Any,
     **options: Any,
 ) -> Any:
-    "The configuration of a class from its keywords; an unknown one is refused in the name of the class that was called."
+    "The configuration of a class from its keywords; an unknown one is refused."
     known = [field.name for field in fields(config)]
     for name in options:
-        if name not in known: raise TypeError(f"{owner.__name__} has no option {name!r}: choose from {', '.join(known)}")
+        if name in known: continue
+        raise TypeError(f"{owner.__name__} has no option {name!r}: choose from {', '.join(known)}")
     return config(*sizes, **options)
 
 # %% ../nbs/00g_sequence.ipynb #d3b3e4cf
@@ -104,7 +105,7 @@ def carried(cls: type) -> type:
     cls.detach = detach
     return cls
 
-# %% ../nbs/00g_sequence.ipynb #f595a590
+# %% ../nbs/00g_sequence.ipynb #2c9dd5c1
 def _conform(state: Any, first: Any, batch: int, path: str = "state") -> Any:
     "A state in the form of `first`; ValueError names the field that does not fit."
     advice = f"use init_state({batch})"
@@ -118,7 +119,7 @@ def _conform(state: Any, first: Any, batch: int, path: str = "state") -> Any:
         if state is not None: raise ValueError(f"{path} is a {type(state).__name__}: this machine has none; {advice}")
         return None
     kind = type(first)
-    foreign = hasattr(state, "_fields") and type(state) is not kind
+    foreign = getattr(state, "_fields", kind._fields) != kind._fields
     if foreign or not isinstance(state, (tuple, list)) or len(state) != len(first):
         raise ValueError(f"{path} is a {type(state).__name__}: expected a {kind.__name__} "
                          f"({', '.join(kind._fields)}), or a plain tuple of the same; {advice}")
@@ -271,7 +272,7 @@ def _where(rows: Tensor, new: Any, old: Any) -> Any:
 MachineCell._compiled = None  # `step`, compiled if the configuration says so; it is not pickled
 MachineCell.__getstate__ = lambda self: {k: v for k, v in vars(self).items() if k != "_compiled"}
 
-# %% ../nbs/00g_sequence.ipynb #692f5b00
+# %% ../nbs/00g_sequence.ipynb #ddb8e86d
 def _more_than_linear(layer: nn.Module) -> str:
     "What keeps a layer from being read as a weight and a bias; empty: nothing."
     if type(layer) is not nn.Linear: return f"is a {type(layer).__name__}, not an nn.Linear"
@@ -289,7 +290,7 @@ def obstacle(self: MachineCell,
     if torch.compiler.is_compiling() or torch.jit.is_tracing(): return ""  # they follow steps, not buffers
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0: return ""
     if type(driven) is not Tensor or driven.is_meta: return ""
-    if "fused" not in vars(kind): return f"{kind.__name__} may do something else than its parent: give it its own `fused`"
+    if "fused" not in vars(kind): return f"{kind.__name__} may do more than its parent: give it a `fused` of its own"
     if "step" in vars(self): return "its `step` was replaced"
     if torch.nn.modules.module._has_any_global_hook(): return "there are hooks on all modules"
     for name in ("recurrent", "interface"):
@@ -387,7 +388,7 @@ class Machine(nn.Module):
         state: Any = None,  # from an earlier call; None: begin anew
         lengths: Tensor | list[int] | None = None,  # (b,) steps of each row that count
         mask: Tensor | None = None,  # (b, t) True where a step counts, wherever they stand; instead of lengths
-    ) -> tuple[Tensor, Any]:  # (b, t, output_size), 0 at steps that do not count; and the state after the last that does
+    ) -> tuple[Tensor, Any]:  # (b, t, output_size), 0 where a step does not count; the state after the last that does
         "Run over a sequence."
         if isinstance(x, PackedSequence): return self._packed(x, state)
         axis = 0 if self.config.batch_first else 1
@@ -415,7 +416,7 @@ class Machine(nn.Module):
             ends.append(end)
         return x, tuple(ends) if self.above else ends[0]
 
-# %% ../nbs/00g_sequence.ipynb #e16f4a40
+# %% ../nbs/00g_sequence.ipynb #110ad5e2
 @patch
 def _check(self: Machine, x: Tensor, lengths: Any, mask: Tensor | None) -> None:
     "Refuse what cannot be run over."
@@ -424,8 +425,8 @@ def _check(self: Machine, x: Tensor, lengths: Any, mask: Tensor | None) -> None:
     if x.dim() not in (2, 3) or x.shape[-1] != c.input_size or not x.shape[1 if c.batch_first and x.dim() == 3 else 0]:
         raise ValueError(f"expected x ({bt}, {c.input_size}) or (t, {c.input_size}) with t >= 1, got {tuple(x.shape)}")
     if lengths is None and mask is None: return
-    if x.dim() == 2 or lengths is not None and mask is not None:
-        raise ValueError("lengths and mask say the same: give one of them, and x with a batch axis")
+    if lengths is not None and mask is not None: raise ValueError("lengths and mask say the same: give one of them")
+    if x.dim() == 2: raise ValueError(f"lengths and mask are of a batch: give x ({bt}, {c.input_size})")
     b, t = x.shape[:2] if c.batch_first else x.shape[1::-1]
     name, got, want = ("mask", mask, (b, t)) if lengths is None else ("lengths", torch.as_tensor(lengths), (b,))
     if got.shape != want: raise ValueError(f"{name} is {tuple(got.shape)}: expected {want}")
