@@ -377,6 +377,22 @@ def test_a_mask_wherever_it_stands(kind):
     with pytest.raises(ValueError, match="from 0 to 4"): machine(x, lengths=[5, 1, 1])
 
 
+@every
+def test_gru_controller(kind):
+    if kind == "mann": return  # it has an LSTM
+    machine, x = built(kind, controller="gru")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it has its steps only, and need not say so
+        y, state = machine(x)
+    steps = []
+    s = None
+    for now in x.unbind(1):
+        out, s = machine.cell(now, s)
+        steps.append(out)
+    assert_close(y, torch.stack(steps, 1))
+    assert state.cell is None and torch.autograd.grad(y.sum(), machine.cell.recurrent.weight)[0].abs().sum() > 0
+
+
 def test_a_cell_with_a_step_of_its_own_is_heard():
     class Quiet(type(NTM(3).cell)):
         def step(self, driven, state):
