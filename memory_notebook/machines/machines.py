@@ -318,13 +318,13 @@ def _practise_together(
         rows.append(row)
     return rows
 
-# %% ../../nbs/06b_machines.ipynb #0d7f30a8
+# %% ../../nbs/06b_machines.ipynb #bd1c4197
 @experiment("copy-new-seeds", help="copy on new seeds, the machines side by side")
 def copy_new_seeds(run: Run, *,
     model: tuple[str, ...] = ("ntm", "dnc"),  # with a hyphen: a recipe with one part left out, or the published one
     seed: int = 100,  # the first
     seeds: int = 10,  # how many
-    sequences: int = 30_000,  # to practise on; with the published recipe, twice as many
+    sequences: int = 30_000,  # to practise on
     batch_size: int = 8,  # with the published recipe, 16
     device: str = "auto",
 ) -> dict:
@@ -334,8 +334,7 @@ def copy_new_seeds(run: Run, *,
     for kind in chosen(model, [*_VARIANTS, *published], "machine for this task"):
         all_seeds = tuple(range(seed, seed + seeds))
         if kind in published:
-            how = {"sequences": 2 * sequences, "device": device}
-            once = partial(_practise, run, "copy", published[kind], sizes=_AFAR, **how)
+            once = partial(_practise, run, "copy", published[kind], sizes=_AFAR, sequences=sequences, device=device)
             rows[kind] = [run.unit(f"{kind}-seed{s}", partial(once, s)) for s in all_seeds]
         else:
             how = {"sequences": sequences, "batch_size": batch_size, "epoch": 800 // batch_size, "device": device}
