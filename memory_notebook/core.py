@@ -45,8 +45,9 @@ def inverse_norm(
     eps: float = 1e-8,  # a vector shorter than this has no direction
 ) -> Tensor:  # (...) one over the length, 0 where there is no direction
     "The reciprocal length of each vector, safe at zero: value 0, gradient 0. Half precision is summed in float32."
-    norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
-    return norm.where(norm > eps, torch.inf).reciprocal().to(x.dtype)
+    full = x.to(torch.promote_types(x.dtype, torch.float32))
+    square = torch.linalg.vecdot(full, full)  # the second derivative of a norm is NaN at zero
+    return square.where(square > eps * eps, torch.inf).rsqrt().to(x.dtype)
 
 
 def unit(
@@ -195,7 +196,7 @@ def least_used(
     if not 1 <= k <= usage.shape[-1]:
         raise ValueError(f"k is {k}: expected 1 to {usage.shape[-1]}, the number of slots")
     index = usage.detach().sort(dim=-1, stable=True).indices[..., :k]
-    return torch.nn.functional.one_hot(index, usage.shape[-1]).to(usage.dtype)
+    return usage.new_zeros(*index.shape, usage.shape[-1]).scatter(-1, index.unsqueeze(-1), 1.0)
 
 
 def lru_write_weights(

@@ -336,7 +336,7 @@ def run(self: MachineCell,
 
 MachineCell._told = None  # the obstacle that was last warned of
 
-# %% ../nbs/00g_sequence.ipynb #e82c8e94
+# %% ../nbs/00g_sequence.ipynb #47602c8c
 @patch
 def _stretches(self: MachineCell, driven: Tensor, state: Any, lengths: Tensor) -> tuple[Tensor, Any]:
     "The pass by hand from each end of a row to the next."
@@ -358,8 +358,8 @@ def _stretches(self: MachineCell, driven: Tensor, state: Any, lengths: Tensor) -
         state = map_state(lambda v: v[:running], state)  # noqa: B023
     c = self.config
     rest = driven.new_zeros(driven.shape[0] - start, len(ends), c.hidden_size + c.read_heads * c.slot_dim)
-    state = _zip_states(lambda v: torch.cat(v)[order.argsort()], ended[::-1])
-    return torch.cat([*outs, rest]), state
+    back = order.argsort()
+    return torch.cat([*outs, rest])[:, back], _zip_states(lambda v: torch.cat(v)[back], ended[::-1])
 
 
 @patch
@@ -437,7 +437,7 @@ class Machine(nn.Module):
             ends.append(end)
         return x, tuple(ends) if self.above else ends[0]
 
-# %% ../nbs/00g_sequence.ipynb #4f09a920
+# %% ../nbs/00g_sequence.ipynb #e16f4a40
 @patch
 def _check(self: Machine, x: Tensor, lengths: Any, mask: Tensor | None) -> None:
     "Refuse what cannot be run over."
@@ -459,7 +459,7 @@ def _check(self: Machine, x: Tensor, lengths: Any, mask: Tensor | None) -> None:
 @patch
 def _masked(self: Machine, x: Tensor, state: Any, mask: Tensor) -> tuple[Tensor, Any]:
     "The steps that count go first, and their outputs back to where they stood."
-    order = (~mask).to(torch.uint8).argsort(1, stable=True).unsqueeze(-1)
+    order = (~mask).to(torch.uint8).argsort(dim=1, stable=True).unsqueeze(-1)
     y, state = self._layers(torch.take_along_dim(x, order, 1), state, mask.sum(1))
     return torch.zeros_like(y).scatter(1, order.expand_as(y), y), state
 

@@ -10,7 +10,7 @@ import json
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Iterator, Literal, NamedTuple
+from typing import Any, Iterator, Literal, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -30,6 +30,7 @@ from memory_notebook.core import (
     update_usage,
 )
 from ..core import read as read_slots
+from ..sequence import carried, configure
 
 # %% ../../nbs/01_episodic.ipynb #bf49d202
 @dataclass
@@ -56,10 +57,12 @@ class EpisodicMemoryConfig:
             raise ValueError(f"usage_decay is {self.usage_decay}: expected a share in (0, 1]")
         if self.write_heads > self.memory_slots:
             raise ValueError(f"{self.write_heads} write heads need as many slots, there are {self.memory_slots}")
-        if self.allocation not in ("least_used", "sorted"):
-            raise ValueError(f"allocation is {self.allocation!r}: choose 'least_used' or 'sorted'")
+        for name, known in {"similarity": ("cosine", "dot"), "allocation": ("least_used", "sorted")}.items():
+            value = getattr(self, name)
+            if value not in known: raise ValueError(f"{name} is {value!r}: choose {' or '.join(map(repr, known))}")
 
 # %% ../../nbs/01_episodic.ipynb #b2272f49
+@carried
 class EpisodicState(NamedTuple):
     "What an episodic memory holds: with a batch axis one memory for each sequence, without it one alone."
     memory: Tensor  # (..., n, w) slots
@@ -72,9 +75,13 @@ class EpisodicMemory(nn.Module):
     Every method is a pure function of `state` if one is given. Without it, it works on the lasting memory:
     slots and usage in buffers, part of `state_dict`, without a graph.
     """
-    def __init__(self, config: EpisodicMemoryConfig | None = None):
+    def __init__(self,
+        config: EpisodicMemoryConfig | None = None,
+        **options: Any,  # of `EpisodicMemoryConfig`, in place of a configuration
+    ):
         super().__init__()
-        self.config = c = config or EpisodicMemoryConfig()
+        if config and options: raise TypeError(f"EpisodicMemory has a configuration already: put {[*options]} there")
+        self.config = c = config or configure(EpisodicMemory, EpisodicMemoryConfig, **options)
         self.register_buffer("memory", torch.zeros(c.memory_slots, c.slot_dim))
         self.register_buffer("usage", torch.zeros(c.memory_slots))
         self._keep_graph = False
@@ -134,9 +141,13 @@ def _with_heads(x: Tensor, memory: Tensor, name: str) -> Tensor:
     return x
 
 
-def _per_head(x: Tensor | float, keys: Tensor) -> Tensor | float:
-    "Give one number for each key its head axis."
-    return x.unsqueeze(-1) if isinstance(x, Tensor) and 0 < x.dim() < keys.dim() - 1 else x
+def _per_head(x: Tensor | float, keys: Tensor, name: str) -> Tensor | float:
+    "One number for each head; where there is one head, it may lack the head axis."
+    if not isinstance(x, Tensor) or not x.dim(): return x
+    heads = keys.shape[-2]
+    if heads == 1 and x.dim() == keys.dim() - 2: x = x.unsqueeze(-1)
+    if x.shape[-1] in (1, heads): return x
+    raise ValueError(f"{name} are {tuple(x.shape)}: expected one for each of the {heads} heads, (..., {heads})")
 
 
 @patch
@@ -149,7 +160,8 @@ def address(self: EpisodicMemory,
     memory, usage = self.state if state is None else state
     keys = _with_heads(keys, memory, "keys")
     stored = memory[..., : self.config.key_dim]
-    return content_weights(keys, stored, _per_head(strengths, keys), self.config.similarity, mask=usage > 0)
+    strengths = _per_head(strengths, keys, "strengths")
+    return content_weights(keys, stored, strengths, self.config.similarity, mask=usage > 0)
 
 
 @patch
@@ -160,6 +172,10 @@ def read(self: EpisodicMemory,
 ) -> Tensor:  # (..., r * w)
     "Read with every head and join what they fetched. Graves et al. 2014, eq. 2."
     memory, _ = self.state if state is None else state
+    heads = self.config.read_heads
+    if keys.dim() == memory.dim() == 2 and len(keys) not in (1, heads):
+        raise ValueError(f"keys {tuple(keys.shape)} are {len(keys)} keys, and there are {heads} read heads: give a batch of "
+                         f"samples a head axis, (b, {heads}, {self.config.key_dim}), or keys.unsqueeze(-2) for one head")
     return read_slots(memory, self.address(keys, strengths, state)).flatten(-2)
 
 # %% ../../nbs/01_episodic.ipynb #01d67a8c
@@ -219,7 +235,7 @@ def write_weights(self: EpisodicMemory,
     if heads > slots:
         raise ValueError(f"{heads} writes at once do not fit into {slots} slots: write in smaller batches")
     if gate is None: gate = (self.familiarity(keys, state) <= self.config.novelty).to(keys.dtype)
-    gate = torch.as_tensor(_per_head(gate, keys), dtype=keys.dtype, device=keys.device).unsqueeze(-1)
+    gate = torch.as_tensor(_per_head(gate, keys, "gates"), dtype=keys.dtype, device=keys.device).unsqueeze(-1)
     fresh = least_used(usage, heads) if self.config.allocation == "least_used" else allocation(usage, heads)
     return torch.lerp(self.address(keys, strengths, state), fresh.to(keys.dtype), gate)
 
