@@ -174,8 +174,8 @@ def read(self: EpisodicMemory,
     memory, _ = self.state if state is None else state
     heads = self.config.read_heads
     if keys.dim() == memory.dim() == 2 and len(keys) not in (1, heads):
-        raise ValueError(f"keys {tuple(keys.shape)} are {len(keys)} keys, and there are {heads} read heads: give a batch of "
-                         f"samples a head axis, (b, {heads}, {self.config.key_dim}), or keys.unsqueeze(-2) for one head")
+        raise ValueError(f"keys {tuple(keys.shape)} are {len(keys)} keys for {heads} read heads: give a batch "
+                         f"of samples a head axis, (b, {heads}, {self.config.key_dim}), or keys.unsqueeze(-2) for one")
     return read_slots(memory, self.address(keys, strengths, state)).flatten(-2)
 
 # %% ../../nbs/01_episodic.ipynb #01d67a8c

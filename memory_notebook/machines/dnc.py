@@ -234,7 +234,8 @@ class DNC(Machine):
         dtype: torch.dtype | None = None,
         **options: Any,  # the rest of `DNCConfig`
     ):
-        config = configure(type(self), DNCConfig, input_size, hidden_size, memory_slots, slot_dim, output_size, **options)
+        sizes = input_size, hidden_size, memory_slots, slot_dim, output_size
+        config = configure(type(self), DNCConfig, *sizes, **options)
         super().__init__(*layers(DNCCell, config, device=device, dtype=dtype))
 
 

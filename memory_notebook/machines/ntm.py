@@ -179,7 +179,8 @@ class NTM(Machine):
         dtype: torch.dtype | None = None,
         **options: Any,  # the rest of `NTMConfig`
     ):
-        config = configure(type(self), NTMConfig, input_size, hidden_size, memory_slots, slot_dim, output_size, **options)
+        sizes = input_size, hidden_size, memory_slots, slot_dim, output_size
+        config = configure(type(self), NTMConfig, *sizes, **options)
         super().__init__(*layers(NTMCell, config, device=device, dtype=dtype))
 
 

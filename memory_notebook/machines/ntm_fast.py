@@ -226,7 +226,7 @@ class _Steps(nn.Module):
 
 def gradients_by_steps(
     cell: MachineCell,
-    inputs: list[Tensor | None],  # driven, `step_weights`, and the tensors of the state, as they were in the forward pass
+    inputs: list[Tensor | None],  # driven, `step_weights`, and the tensors of the state, of the forward pass
     form: Callable,  # tensors of a state -> the state
     results: Callable,  # the last state -> the results of the pass after the first, in their order
     grads: tuple,  # of the results
