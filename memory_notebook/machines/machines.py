@@ -287,7 +287,7 @@ _VARIANTS = {  # name -> options of the machine, recipe
 }
 _AFAR = 10, 20, 40, 80, 120  # vectors, in the examination
 
-# %% ../../nbs/06b_machines.ipynb #d9eeabf9
+# %% ../../nbs/06b_machines.ipynb #112d5bde
 def _practise_together(
     run: Run,
     kind: str,  # of `_VARIANTS`
@@ -305,7 +305,7 @@ def _practise_together(
         machines.append(_make_machine(kind, task.d_in, task.d_out, **options))
     together = stack_machines(machines)
     together.config.memory_slots = slots
-    file = run.checkpoint(kind)
+    file = run.checkpoint(f"{kind}-seeds{seeds[0]}to{seeds[-1]}")
     with cpu_seconds() as spent:
         history = train_sequence(together, task, recipe=recipe, seed=seeds, checkpoint=file, **how)
     together.config.memory_slots = options["memory_slots"]
@@ -318,28 +318,28 @@ def _practise_together(
         rows.append(row)
     return rows
 
-# %% ../../nbs/06b_machines.ipynb #0d7f30a8
+# %% ../../nbs/06b_machines.ipynb #a8e03de6
 @experiment("copy-new-seeds", help="copy on new seeds, the machines side by side")
 def copy_new_seeds(run: Run, *,
     model: tuple[str, ...] = ("ntm", "dnc"),  # with a hyphen: a recipe with one part left out, or the published one
     seed: int = 100,  # the first
     seeds: int = 10,  # how many
-    sequences: int = 30_000,  # to practise on; with the published recipe, twice as many
+    sequences: int = 30_000,  # to practise on
     batch_size: int = 8,  # with the published recipe, 16
     device: str = "auto",
 ) -> dict:
     "`<machine>.sure` (share of seeds below 0.1 bits at the end and for the last 5,000 sequences), and as `copy`."
     published = {f"{kind}-published": kind for kind in ("ntm", "dnc")}
     rows = {}
+    all_seeds = tuple(range(seed, seed + seeds))
     for kind in chosen(model, [*_VARIANTS, *published], "machine for this task"):
-        all_seeds = tuple(range(seed, seed + seeds))
         if kind in published:
-            how = {"sequences": 2 * sequences, "device": device}
-            once = partial(_practise, run, "copy", published[kind], sizes=_AFAR, **how)
+            once = partial(_practise, run, "copy", published[kind], sizes=_AFAR, sequences=sequences, device=device)
             rows[kind] = [run.unit(f"{kind}-seed{s}", partial(once, s)) for s in all_seeds]
         else:
             how = {"sequences": sequences, "batch_size": batch_size, "epoch": 800 // batch_size, "device": device}
-            rows[kind] = run.unit(kind, partial(_practise_together, run, kind, all_seeds, **how))
+            unit = f"{kind}-seeds{seed}to{all_seeds[-1]}"
+            rows[kind] = run.unit(unit, partial(_practise_together, run, kind, all_seeds, **how))
         for row in rows[kind]: row["sure"] = float(max(row["bits"], row["worst_last"]) < 0.1)
     return sweep_metrics(rows)
 
