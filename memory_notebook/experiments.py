@@ -87,6 +87,11 @@ CHAPTERS: dict[str, Chapter] = {
         ".machines.machines", "traversal_experiment",
         "follow edges on a graph that was told edge by edge", "results_table",
     ),
+    "experiment:mqar": Chapter(
+        ".speeds.delta",
+        "mqar_experiment",
+        "recall over a gap: linear memories against attention, by gap, by pairs and by bytes of state",
+    ),
     "experiment:engram": Chapter(
         ".sparse.engram",
         "engram_experiment",
@@ -121,6 +126,11 @@ CHAPTERS: dict[str, Chapter] = {
         ".bench.dnc",
         "bench_dnc",
         "a Differentiable Neural Computer forward and backward: by hand, autograd, as commonly written; sparse links",
+    ),
+    "benchmark:delta": Chapter(
+        ".bench.delta",
+        "bench_delta",
+        "a linear memory forward and backward: in chunks, step by step, beside transformers and flash-linear-attention",
     ),
     "benchmark:sparse": Chapter(
         ".bench.sparse",
