@@ -92,6 +92,11 @@ CHAPTERS: dict[str, Chapter] = {
         "mqar_experiment",
         "recall over a gap: linear memories against attention, by gap, by pairs and by bytes of state",
     ),
+    "experiment:mqar-long": Chapter(
+        ".speeds.delta",
+        "mqar_long",
+        "a million steps of noise between eight facts and the questions, with the state carried",
+    ),
     "experiment:engram": Chapter(
         ".sparse.engram",
         "engram_experiment",

@@ -288,7 +288,7 @@ def traversal(
     y, _ = _place(hot(path[:, 1:], names), n * kinds, h, T)
     return TaskBatch(torch.cat([told + question, mask.unsqueeze(-1)], -1), y, mask, (n * kinds + h).squeeze(-1))
 
-# %% ../nbs/00e_tasks.ipynb #b0fd20ca
+# %% ../nbs/00e_tasks.ipynb #22517a74
 def mqar(
     batch_size: int = 1,
     gap: int | tuple[int, int] = (0, 96),  # steps of noise between the facts and the questions
@@ -306,7 +306,7 @@ def mqar(
     r = min(n, int(_sizes(1, rewrites, False, generator, "rewrites", least=0)))
     most = int(gaps.max())
     if n + (noise == 0) > keys:
-        raise ValueError(f"pairs {pairs}, keys {keys}: expected at least as many keys as pairs, and one more for the gap")
+        raise ValueError(f"pairs {pairs}, keys {keys}: expected at least as many keys as pairs, one more for noise=0")
     draw = lambda m: torch.rand(batch_size, m, generator=generator, device=gaps.device)
     names = draw(keys).argsort(1)
     again = draw(n).argsort(1)[:, :r]
