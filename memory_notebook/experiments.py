@@ -116,6 +116,10 @@ CHAPTERS: dict[str, Chapter] = {
     "benchmark:replay": Chapter(
         ".bench.replay", "bench_replay", "draws, updates and additions of replay buffers, side by side", "replay_table"
     ),
+}
+
+# %% ../nbs/12_experiments.ipynb #1c87d1d3
+CHAPTERS |= {  # more benchmarks
     "benchmark:continual": Chapter(
         ".bench.continual",
         "bench_continual",

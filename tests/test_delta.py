@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from memory_notebook import DeltaMemory, linear_memory, set_seed
-from memory_notebook.speeds.delta import RULES
+from memory_notebook.speeds.delta import MEMORY_RULES
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_vmap_and_per_sample_gradients(layer):
         assert_close({k: v[i] for k, v in each.items()}, alone, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("rule", list(RULES))
+@pytest.mark.parametrize("rule", list(MEMORY_RULES))
 def test_half_precision_trains(rule):
     set_seed(0)
     layer = DeltaMemory(8, heads=2, rule=rule).bfloat16()
