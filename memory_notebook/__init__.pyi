@@ -20,5 +20,6 @@ from .runs import load_result, run_experiment
 from .sparse.engram import Engram, EngramConfig, add_engram
 from .sparse.finetuning import SparseFinetuner, add_memory_layers
 from .sparse.sparse import ProductKeyConfig, ProductKeyMemory
+from .speeds.delta import DeltaMemory, MemoryRule, linear_memory
 from .streams import rotated_stream, split_stream
 from .train import MemoryTrainer, fit, load_checkpoint, save_checkpoint

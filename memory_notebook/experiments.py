@@ -99,6 +99,16 @@ CHAPTERS: dict[str, Chapter] = {
         ".machines.machines", "traversal_experiment",
         "follow edges on a graph that was told edge by edge", "results_table",
     ),
+    "experiment:mqar": Chapter(
+        ".speeds.delta",
+        "mqar_experiment",
+        "recall over a gap: linear memories against attention, by gap, by pairs and by bytes of state",
+    ),
+    "experiment:mqar-long": Chapter(
+        ".speeds.delta",
+        "mqar_long",
+        "a million steps of noise between eight facts and the questions, with the state carried",
+    ),
     "experiment:engram": Chapter(
         ".sparse.engram",
         "engram_experiment",
@@ -118,6 +128,10 @@ CHAPTERS: dict[str, Chapter] = {
     "benchmark:replay": Chapter(
         ".bench.replay", "bench_replay", "draws, updates and additions of replay buffers, side by side", "replay_table"
     ),
+}
+
+# %% ../nbs/12_experiments.ipynb #1c87d1d3
+CHAPTERS |= {  # more benchmarks
     "benchmark:continual": Chapter(
         ".bench.continual",
         "bench_continual",
@@ -133,6 +147,11 @@ CHAPTERS: dict[str, Chapter] = {
         ".bench.dnc",
         "bench_dnc",
         "a Differentiable Neural Computer forward and backward: by hand, autograd, as commonly written; sparse links",
+    ),
+    "benchmark:delta": Chapter(
+        ".bench.delta",
+        "bench_delta",
+        "a linear memory forward and backward: in chunks, step by step, beside transformers and flash-linear-attention",
     ),
     "benchmark:sparse": Chapter(
         ".bench.sparse",
