@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core import patch, unit
-from ..corpora import Graph, load_graph
+from ..corpora import Graph
 from ..data import batches
-from ..runs import cpu_seconds
 from ..train import Callback, EarlyStop, History, fit, load_checkpoint, save_checkpoint
 
 # %% ../../nbs/10a_knowledge.ipynb #e8927dc3
