@@ -350,8 +350,8 @@ def retrieve_facts(
 LINK_SETTINGS: dict[str, dict[str, Any]] = {
     "families": dict(),
     "nations": dict(dim=500, n3=0.02, epochs=100),
-    "kinships": dict(n3=0.01),
-    "umls": dict(n3=0.05),
+    "kinships": dict(dim=400, n3=0.03),
+    "umls": dict(dim=400, n3=0.03),
     "fb15k-237": dict(dim=100, n3=0.05, relation_weight=0.0, batch_size=500, epochs=5, half=True),
 }
 
