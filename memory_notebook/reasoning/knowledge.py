@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINSHIP', 'Family', 'family', 'kinship', 'as_graph', 'read_triples', 'from_networkx', 'to_networkx', 'family_graph',
-           'FactIndex', 'KnowledgeGraphConfig', 'with_inverses', 'KnowledgeGraphModel', 'Ranks', 'filtered_ranks',
+           'TripleIndex', 'KnowledgeGraphConfig', 'with_inverses', 'KnowledgeGraphModel', 'Ranks', 'filtered_ranks',
            'rank_metrics', 'Answer', 'Case', 'load_knowledge']
 
 # %% ../../nbs/10a_knowledge.ipynb #7856905b
@@ -203,7 +203,7 @@ def family_graph(
     return as_graph(triples, held_out, seed)
 
 # %% ../../nbs/10a_knowledge.ipynb #be2ef51b
-class FactIndex(nn.Module):
+class TripleIndex(nn.Module):
     "Facts sorted by a key, so that the facts of many keys are found at once."
     def __init__(self, keys: Tensor):  # (facts,) one integer for each
         super().__init__()
@@ -283,8 +283,8 @@ class KnowledgeGraphModel(nn.Module):
         self.entity = nn.Parameter(1e-3 * torch.randn(n, 2 * self.config.dim, generator=draw))
         self.relation = nn.Parameter(1e-3 * torch.randn(both, 2 * self.config.dim, generator=draw))
         self.register_buffer("facts", with_inverses(graph.train, len(self.relations)))
-        self.by_question = FactIndex(self.facts[:, 0] * both + self.facts[:, 1])
-        self.by_relation = FactIndex(self.facts[:, 1].contiguous())
+        self.by_question = TripleIndex(self.facts[:, 0] * both + self.facts[:, 1])
+        self.by_relation = TripleIndex(self.facts[:, 1].contiguous())
         self.register_buffer("rule_scores", torch.zeros(0))
         self.weights = {"cases": 0.0, "rules": 0.0}  # shares of the vote and of the rules in an answer
 
@@ -365,7 +365,7 @@ def _chunks(model: KnowledgeGraphModel, triples: Tensor, known: Tensor, sides: s
     both = with_inverses(triples.to(device), relations)
     asked = {"both": both, "tail": both[:len(triples)], "head": both[len(triples):]}[sides]
     true = with_inverses(known.to(device), relations)
-    index = FactIndex(true[:, 0] * 2 * relations + true[:, 1])
+    index = TripleIndex(true[:, 0] * 2 * relations + true[:, 1])
     for chunk in asked.split(most):
         query, row = index(chunk[:, 0] * 2 * relations + chunk[:, 1])
         yield chunk, query, true[row, 2]
