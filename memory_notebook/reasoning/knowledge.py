@@ -487,7 +487,7 @@ def learn(
 def tune(
     self: KnowledgeGraphModel,
     graph: Graph,  # its validation part is ranked
-    shares: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5),  # that are tried, for cases and for rules
+    shares: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9),  # that are tried, for cases and for rules
     most: int = 500,  # questions at a time
 ) -> dict[str, float]:  # name of the part -> its share
     "Choose the shares of cases and rules by the validation MRR."
