@@ -123,35 +123,53 @@ def _split(triples: Tensor, share: float, draw: torch.Generator) -> list[Tensor]
     return [triples[train], triples[valid], triples[test]]
 
 
+def _facts(triples: Iterable[tuple[str, str, str]]) -> list[tuple[str, ...]]:
+    "Triples of strings, sorted, each once."
+    facts = sorted({tuple(map(str, t)) for t in triples})
+    wrong = next((t for t in facts if len(t) != 3), None)
+    if wrong: raise ValueError(f"expected triples (head, relation, tail), got {wrong}")
+    return facts
+
+
 def as_graph(
     triples: Iterable[tuple[str, str, str]],  # (head, relation, tail); what is said twice counts once
     held_out: float = 0.1,  # share of the facts for validation, and as many for the test
     seed: int = 0,  # of the draw
+    *,
+    valid: Iterable[tuple[str, str, str]] = (),  # a validation part of one's own: nothing is drawn
+    test: Iterable[tuple[str, str, str]] = (),  # a test part of one's own: nothing is drawn
 ) -> Graph:
     "A graph from triples of names."
-    triples = sorted({tuple(map(str, t)) for t in triples})
-    if not triples: raise ValueError("no triples: a graph needs at least one (head, relation, tail)")
-    wrong = next((t for t in triples if len(t) != 3), None)
-    if wrong: raise ValueError(f"expected triples (head, relation, tail), got {wrong}")
+    parts = [_facts(part) for part in (triples, valid, test)]
+    if not parts[0]: raise ValueError("no triples: a graph needs at least one (head, relation, tail)")
     if not 0 <= held_out < 0.5: raise ValueError(f"held_out is {held_out}: expected a share in [0, .5)")
-    entities = sorted({name for h, _, t in triples for name in (h, t)})
-    relations = sorted({r for _, r, _ in triples})
+    every = [fact for part in parts for fact in part]
+    entities = sorted({name for h, _, t in every for name in (h, t)})
+    relations = sorted({r for _, r, _ in every})
     number = {name: i for i, name in enumerate(entities)}
     kind = {name: i for i, name in enumerate(relations)}
-    rows = torch.tensor([(number[h], kind[r], number[t]) for h, r, t in triples])
-    parts = _split(rows, held_out, torch.Generator().manual_seed(seed))
-    return Graph(*parts, entities, relations, list(entities))
+    rows = [torch.tensor([(number[h], kind[r], number[t]) for h, r, t in p]).long().view(-1, 3) for p in parts]
+    if len(rows[1]) + len(rows[2]) == 0: rows = _split(rows[0], held_out, torch.Generator().manual_seed(seed))
+    return Graph(*rows, entities, relations, list(entities))
 
 # %% ../../nbs/10a_knowledge.ipynb #52168295
-def read_triples(
-    path: str | Path,  # a text file, one fact a line: head, relation, tail, between tabs
-    **options: Any,  # of `as_graph`
-) -> Graph:
-    "A graph from a file of tab-separated triples."
+def _rows(path: str | Path) -> list[tuple[str, ...]]:
+    "The facts of a file, one a line, between tabs."
     rows = [line.split("\t") for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     bad = next((i for i, row in enumerate(rows, 1) if len(row) != 3), None)
     if bad: raise ValueError(f"{path}, fact {bad}: expected 3 columns between tabs, got {len(rows[bad - 1])}")
-    return as_graph([tuple(cell.strip() for cell in row) for row in rows], **options)
+    return [tuple(cell.strip() for cell in row) for row in rows]
+
+
+def read_triples(
+    path: str | Path,  # a text file, one fact a line: head, relation, tail, between tabs
+    valid: str | Path | None = None,  # files of a published split; without them the parts are drawn
+    test: str | Path | None = None,
+    **options: Any,  # of `as_graph`
+) -> Graph:
+    "A graph from files of tab-separated triples."
+    parts = {name: _rows(file) for name, file in (("valid", valid), ("test", test)) if file is not None}
+    return as_graph(_rows(path), **options, **parts)
 
 
 def from_networkx(
