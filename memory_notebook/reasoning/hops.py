@@ -318,7 +318,7 @@ def personal_pagerank(
     n = restart.shape[-1]
     out = torch.bincount(edges[:, 0], minlength=n).to(restart.dtype)
     share = 1 / out[edges[:, 0]]
-    back = torch.sparse_coo_tensor(edges.T.flip(0), share, (n, n)).coalesce()  # (to, from)
+    back = torch.sparse_coo_tensor(edges.T.flip(0), share, (n, n), check_invariants=False).coalesce()  # (to, from)
     stuck = out == 0
     p = restart
     for _ in range(steps):
