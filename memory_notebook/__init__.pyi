@@ -16,6 +16,8 @@ from .language.reads import SimpleMemoryAttention
 from .learner import Learner
 from .machines.dnc import DNC, DifferentiableNeuralComputer, DNCCell, DNCConfig
 from .machines.ntm import NTM, NeuralTuringMachine, NTMCell, NTMConfig
+from .reasoning.hops import CompositionMemory
+from .reasoning.knowledge import KnowledgeGraphModel
 from .runs import load_result, run_experiment
 from .sparse.engram import Engram, EngramConfig, add_engram
 from .sparse.finetuning import SparseFinetuner, add_memory_layers

@@ -182,12 +182,12 @@ def _numbered(parts: list[list[str]]) -> tuple[list[Tensor], list[str]]:
 
 # %% ../nbs/00i_corpora.ipynb #d5909c77
 def load_graph(
-    name: str = "nations",  # 'nations', 'kinships' or 'fb15k-237'
+    name: str = "nations",  # 'nations', 'kinships', 'umls' or 'fb15k-237'
     root: str | Path | None = None,  # cache folder; default: see `data_home`
 ) -> Graph:
     "A knowledge graph in its published split"
-    if name not in ("nations", "kinships", "fb15k-237"):
-        raise ValueError(f"name must be 'nations', 'kinships' or 'fb15k-237', got {name!r}")
+    if name not in ("nations", "kinships", "umls", "fb15k-237"):
+        raise ValueError(f"name must be 'nations', 'kinships', 'umls' or 'fb15k-237', got {name!r}")
     parts = ["train.txt", "valid.txt", "test.txt"]
     big = members(fetch(name, "FB15k-237.tar.gz", root)) if name == "fb15k-237" else None
     words = [(big[p] if big else fetch(name, p, root)).decode().split() for p in parts]

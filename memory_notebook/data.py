@@ -566,6 +566,14 @@ DATASETS["kinships"] = DataSet(
         "test.txt": "sha256:05e5733265761d55be9c05bfaff5a8d0808df46f9c1e9d66cc3f2fe114e43d88",
     }),
 )
+DATASETS["umls"] = DataSet(
+    "graph of 135 medical concepts, 46 relations, 6,529 triples", "MIT (within PyKEEN)", "McCray 2003",
+    0.26, _files("umls", [_PYKEEN + "umls/{file}"], {
+        "train.txt": "sha256:873ef4925516b83e7f6f8cc02b4be51d848828710a7f65a956f0ac4a9e452f35",
+        "valid.txt": "sha256:025c98f8a4891e2a6582ec5b40ee0d904031edad9c52554522f4b7904820c98e",
+        "test.txt": "sha256:a7eb529a3d2810fcc96341ccc97c625a5e202f8389673aa6bd317eeebbb79014",
+    }),
+)
 DATASETS["fb15k-237"] = DataSet(
     "graph of 14,541 Freebase entities, 237 relations, 310,116 triples, with labels", "CC BY 2.5; labels CC0",
     "Toutanova and Chen 2015", 7.6,

@@ -125,6 +125,9 @@ CHAPTERS: dict[str, Chapter] = {
         "gpt2_facts",
         "tell a small GPT-2 ten to a thousand facts and ask what it says now, with every read",
     ),
+    "experiment:knowledge": Chapter(
+        ".reasoning.hops", "knowledge", "link prediction on five graphs, stories of two to ten steps"
+    ),
     "benchmark:replay": Chapter(
         ".bench.replay", "bench_replay", "draws, updates and additions of replay buffers, side by side", "replay_table"
     ),
