@@ -6,7 +6,7 @@
 __all__ = ['inverse_norm', 'unit', 'similarity', 'content_weights', 'read', 'erase_add', 'interpolate', 'shift', 'sharpen',
            'retention', 'update_usage', 'allocation', 'least_used', 'lru_write_weights', 'update_links', 'follow_links',
            'SparseLinks', 'update_sparse_links', 'follow_sparse_links', 'TopK', 'top_k_read', 'map_state', 'detach',
-           'patch', 'set_seed', 'check_finite']
+           'patch', 'set_seed', 'has_values', 'check_finite']
 
 # %% ../nbs/00_core.ipynb #2e064872
 import inspect
@@ -15,7 +15,7 @@ from typing import Any, Callable, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # %% ../nbs/00_core.ipynb #1ca6bb7d
 def _check_width(vectors: Tensor, memory: Tensor, what: str = "keys") -> None:
@@ -335,10 +335,16 @@ def set_seed(
     return torch.Generator().manual_seed(seed)
 
 
+def has_values(x: Tensor) -> bool:
+    "Whether the numbers of a tensor can be looked at: not while torch compiles, exports, maps or infers shapes."
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active(): return False
+    return not x.is_meta and type(x) in (Tensor, nn.Parameter)
+
+
 def check_finite(**tensors: Tensor) -> None:
     "Refuse NaN and infinity, naming the argument and how many values are bad."
     for name, t in tensors.items():
-        if t.is_floating_point() and not torch.isfinite(t).all():
+        if t.is_floating_point() and has_values(t) and not torch.isfinite(t).all():
             bad = int((~torch.isfinite(t)).sum())
             raise ValueError(f"{name} {tuple(t.shape)} holds {bad} NaN or infinite value{'s' * (bad > 1)}: "
                              "clean the data, or lower the learning rate if training produced them")

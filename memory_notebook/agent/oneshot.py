@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .meta import annealed
-from ..core import check_finite, content_weights, interpolate, least_used, patch, read, set_seed, unit
+from ..core import check_finite, content_weights, has_values, interpolate, least_used, patch, read, set_seed, unit
 from ..data import episodes, load_omniglot_vinyals
 from ..runs import Run, cpu_seconds, experiment, sweep, sweep_metrics
 from ..sequence import Machine, MachineCell, MachineConfig, carried, configure, layers
@@ -358,7 +358,7 @@ class RareEventMemory(nn.Module):
         if y is None: return
         if y.shape != query.shape[:1] or y.is_floating_point():
             raise ValueError(f"expected {len(query)} integer labels, got {tuple(y.shape)} {y.dtype}")
-        if len(y) and y.min() < 0:
+        if len(y) and has_values(y) and y.min() < 0:
             raise ValueError(f"labels must be 0 or more, got {int(y.min())}: -1 marks an empty slot")
 
 # %% ../../nbs/04a_oneshot.ipynb #63a121a6
@@ -420,13 +420,19 @@ class ProtoNet(nn.Module):
         support_x: Tensor,  # (b, s, H, W)
         support_y: Tensor,  # (b, s) labels 0 ... ways-1
         query_x: Tensor,  # (b, q, H, W)
+        ways: int | None = None,  # classes; None: as many as the labels name
     ) -> Tensor:  # (b, q, ways) scores: minus the squared distance to each prototype
         s, q = _embed(self.encoder, torch.cat([support_x, query_x], 1)).split([support_x.shape[1], query_x.shape[1]], 1)
-        member = F.one_hot(support_y).to(s.dtype)  # (b, s, ways)
-        if not (count := member.sum(1)).all():
+        if ways is None:
+            if not (has_values(support_y) and support_y.numel()):
+                raise ValueError("the classes cannot be counted from these labels: say ways=")
+            ways = int(support_y.max()) + 1
+        member = (support_y.unsqueeze(-1) == torch.arange(ways, device=s.device)).to(s.dtype)  # (b, s, ways)
+        count = member.sum(1)
+        if has_values(count) and not count.all():
             raise ValueError("a class has no support example: give each of the ways at least one shot")
         prototypes = member.mT @ s / count.unsqueeze(-1)  # (b, ways, d)
-        return -torch.cdist(q, prototypes).square()
+        return -(q.unsqueeze(-2) - prototypes.unsqueeze(-3)).square().sum(-1)
 
 # %% ../../nbs/04a_oneshot.ipynb #61f8de00
 def recall_tasks(

@@ -30,7 +30,7 @@ from memory_notebook.continual.families import (
     SeparateNetworks,
     XdG,
 )
-from ..core import content_weights, patch, read, set_seed
+from ..core import content_weights, has_values, patch, read, set_seed
 from ..data import load_digits, load_mnist
 from ..learner import MLP, Learner, Method, evaluating, logits_of
 from ..runs import Run, chosen, experiment, markdown_table, sweep, sweep_metrics
@@ -70,12 +70,12 @@ class ContinualLearningModel(nn.Module):
         task: Tensor | int,  # (b,) or one for all
     ) -> Tensor:  # (b, o)
         task = torch.as_tensor(task, device=x.device)
-        if task.min() < 0 or task.max() >= self.num_tasks:
+        if has_values(task) and task.numel() and (task.min() < 0 or task.max() >= self.num_tasks):
             raise ValueError(f"task is {task.tolist()}: expected 0 to {self.num_tasks - 1}")
         hidden = self.encoder(x).relu()
         key, strength = self.key(hidden).split([self.memory.shape[1], 1], -1)
         found = read(self.memory, content_weights(key.unsqueeze(1), self.memory, F.softplus(strength)))  # (b, 1, w)
-        answers = self.heads(torch.cat([hidden, found.squeeze(1)], -1)).view(len(x), self.num_tasks, -1)
+        answers = self.heads(torch.cat([hidden, found.squeeze(1)], -1)).view(len(x), self.num_tasks, self.output_size)
         return answers[torch.arange(len(x), device=x.device), task.expand(len(x))]
 
 # %% ../../nbs/04e_continual.ipynb #a4b508b8

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..agent.replay import ReplayBuffer
 from .consolidation import group_gradients
-from ..core import patch
+from ..core import has_values, patch
 from ..learner import MLP, Learner, Method, logits_of
 from ..streams import SCENARIOS, Stream
 
@@ -424,14 +424,22 @@ class SeparateNetworks(nn.Module):
         self.nets = nn.ModuleList(MLP(input_size, classes, hidden_size) for _ in range(contexts))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:  # (b, T k), zero for the other contexts
+        if not has_values(context) or not len(x): return self._all(x, context)
         present = context.unique().tolist()
         k = self.classes  # networks of other contexts do not run, so the optimiser leaves them alone
         if len(present) == 1:
             t = present[0]
             return F.pad(self.nets[t](x), (t * k, (self.contexts - 1 - t) * k))
-        out = x.new_zeros(len(x), self.contexts * k)
-        for t in present: out[context == t, t * k:(t + 1) * k] = self.nets[t](x[context == t])
+        answers = [self.nets[t](x[context == t]) for t in present]
+        out = answers[0].new_zeros(len(x), self.contexts * k)
+        for t, answer in zip(present, answers): out[context == t, t * k:(t + 1) * k] = answer
         return out
+
+    def _all(self, x: Tensor, context: Tensor) -> Tensor:
+        "The same where contexts cannot be looked at: every network runs."
+        answers = torch.stack([net(x) for net in self.nets], 1)  # (b, T, k)
+        own = context.unsqueeze(-1) == torch.arange(self.contexts, device=context.device)
+        return answers.masked_fill(~own.unsqueeze(-1), 0).flatten(1)
 
 # %% ../../nbs/04d_families.ipynb #af773316
 def herd(
@@ -604,17 +612,19 @@ class SLDA(nn.Module):
 
     def solve(self) -> tuple[Tensor, Tensor]:  # (input_size, T k), (T k,)
         "Weights and biases of all classes."
-        if self._solved is None:
-            cov = self.scatter * ((1 - self.shrinkage) / max(1, int(self.seen.counts.sum())))
-            cov.diagonal().add_(self.shrinkage)
-            W = torch.linalg.solve(cov, self.means.t())
-            self._solved = W, -(self.means.t() * W).sum(0) / 2
-        return self._solved
+        if self._solved is not None: return self._solved
+        dtype = torch.promote_types(self.means.dtype, torch.float32)
+        means = self.means.to(dtype).t()
+        cov = self.scatter.to(dtype) * ((1 - self.shrinkage) / self.seen.counts.sum().clamp(min=1))
+        W = torch.linalg.solve(cov + self.shrinkage * torch.eye(len(cov), dtype=dtype, device=cov.device), means)
+        solved = W, -(means * W).sum(0) / 2
+        if has_values(self.means): self._solved = solved
+        return solved
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:  # (b, outputs)
         W, b = self.solve()
-        return self.seen(torch.addmm(b, self.features(x), W)).to(x.dtype)
+        return self.seen(torch.addmm(b, self.features(x).to(W.dtype), W)).to(x.dtype)
 
     def _load_from_state_dict(self, *args) -> None:
         super()._load_from_state_dict(*args)
