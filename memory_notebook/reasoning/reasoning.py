@@ -373,14 +373,14 @@ def encode_entailments(
         levels.append((operator, place[left], place[right]))
     return EncodedFormulas(variable[order[height[order] == 0]], levels, place[torch.tensor(roots)], most)
 
-# %% ../../nbs/10_reasoning.ipynb #b74d1758
+# %% ../../nbs/10_reasoning.ipynb #ade890cf
 def all_worlds(variables: int) -> Tensor:  # (2**variables, variables) of 0 and 1
     "Every assignment of truth to the variables; world w has its bit i for variable i."
     return torch.arange(2 ** variables).unsqueeze(1) >> torch.arange(variables) & 1
 
 
 class FormulaEncoder(nn.Module):
-    "Formulas as vectors, one for each world: a tree network with weights shared by nodes and worlds. Evans et al. 2018."
+    "Formulas as vectors, one for each world: a tree network shared by nodes and worlds. Evans et al. 2018."
     def __init__(self, width: int = 32, hidden: int = 64):
         super().__init__()
         self.truth = nn.Embedding(2, width)
@@ -453,7 +453,7 @@ class _TokenNetwork(nn.Module):
         packed = nn.utils.rnn.pack_sequence([torch.cat([a, border, b]) for a, b in pairs], enforce_sorted=False)
         return self.head(self.lstm(packed)[1][0][0])
 
-# %% ../../nbs/10_reasoning.ipynb #218e4132
+# %% ../../nbs/10_reasoning.ipynb #68699659
 LOGICIANS = "reasoning", "tree", "lstm", "bag"
 
 
@@ -472,8 +472,8 @@ def _judge(net: nn.Module, questions: list[Entailment]) -> Any:
 def train_logician(
     name: str,  # of LOGICIANS
     questions: list[Entailment],
-    steps: int = 600,
-    batch_size: int = 64,
+    steps: int = 1200,
+    batch_size: int = 32,
     seed: int = 0,
 ) -> nn.Module:
     "Train a network on questions of logic."
@@ -502,7 +502,7 @@ def examine_logic(net: nn.Module, questions: list[Entailment]) -> float:
         right += sum(s == e.holds for s, e in zip(said, batch))
     return right / len(questions)
 
-# %% ../../nbs/10_reasoning.ipynb #b66b4429
+# %% ../../nbs/10_reasoning.ipynb #84edd4cc
 def _logic_scores(net: nn.Module, exams: dict[str, list[Entailment]]) -> dict[str, float]:
     row = {name: examine_logic(net, questions) for name, questions in exams.items()}
     for kind in ("strength", "direction"):
@@ -517,7 +517,8 @@ def logic_experiment(
     models: tuple[str, ...] = LOGICIANS,  # reasoning, tree, lstm, bag
     seeds: int = 3,
     questions: int = 12_000,  # to practise on
-    steps: int = 600,  # of 64 questions
+    steps: int = 1200,
+    batch_size: int = 32,  # questions of a step
     exam: int = 1000,  # questions of each examination
 ) -> dict:
     "Train on short formulas, examine on unseen and on longer ones."
@@ -530,7 +531,7 @@ def logic_experiment(
 
     def once(name: str, seed: int) -> dict[str, float]:
         with cpu_seconds() as spent:
-            net = train_logician(name, entailments(questions, seed=seed), steps, seed=seed)
+            net = train_logician(name, entailments(questions, seed=seed), steps, batch_size, seed)
             row = _logic_scores(net, exams)
         return row | {"cpu_s": spent(), "params": sum(p.numel() for p in net.parameters())}
 

@@ -26,9 +26,9 @@ from ..corpora import load_series
 from .reasoning import practise
 from ..runs import Run, chosen, cpu_seconds, experiment, sweep, sweep_metrics
 
-# %% ../../nbs/10b_temporal.ipynb #067d5d6a
+# %% ../../nbs/10b_temporal.ipynb #1657a394
 class CausalAttention(nn.Module):
-    "Attention over the past, nearer steps preferred (ALiBi, Press et al. 2022); called like `nn.LSTM`, without a state."
+    "Attention over the past, nearer steps preferred (Press et al. 2022); called like `nn.LSTM`, without a state."
     def __init__(self,
         width: int,
         heads: int = 4,
