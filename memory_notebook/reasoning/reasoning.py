@@ -78,30 +78,32 @@ class Reasoning(NamedTuple):
         "Probability of each answer, averaged over when to stop."
         return (self.halting.unsqueeze(-1) * self.logits.softmax(-1)).sum(1)
 
-# %% ../../nbs/10_reasoning.ipynb #0c6fbe93
+# %% ../../nbs/10_reasoning.ipynb #d6a0646f
 class ReasoningNetwork(nn.Module):
     "Multi-hop attention over a memory of premises, with a learned number of hops. Sukhbaatar et al. 2015."
     def __init__(self,
-        width: int,  # w of premises and question
+        hidden_size: int,  # w of premises and question
         answers: int,  # how many there are to choose from
         hops: int = 6,  # at most; another number may be given in each call
-        read_heads: int = 1,  # r, places read in one hop; divides width
+        read_heads: int = 1,  # r, places read in one hop; divides hidden_size
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if hops < 1 or read_heads < 1 or width % read_heads:
-            raise ValueError(f"width {width}, hops {hops}, read_heads {read_heads}: expected at least one hop, and "
-                             "heads that divide the width")
+        if hops < 1 or read_heads < 1 or hidden_size % read_heads:
+            raise ValueError(f"hidden_size {hidden_size}, hops {hops}, read_heads {read_heads}: expected at least one "
+                             "hop, and heads that divide hidden_size")
         to = {"device": device, "dtype": dtype}
         self.max_hops = hops
         self.read_heads = read_heads
-        self.query = nn.Linear(width, width, bias=False, **to)
-        self.key = nn.Linear(width, width, bias=False, **to)
-        self.value = nn.Linear(width, width, bias=False, **to)
-        self.update = nn.GRUCell(width, width, **to)
-        self.answer = nn.Sequential(nn.Linear(width, width, **to), nn.ReLU(), nn.Linear(width, answers, **to))
-        self.halt = nn.Linear(width, 1, **to)
+        self.query = nn.Linear(hidden_size, hidden_size, bias=False, **to)
+        self.key = nn.Linear(hidden_size, hidden_size, bias=False, **to)
+        self.value = nn.Linear(hidden_size, hidden_size, bias=False, **to)
+        self.update = nn.GRUCell(hidden_size, hidden_size, **to)
+        self.answer = nn.Sequential(
+            nn.Linear(hidden_size, hidden_size, **to), nn.ReLU(), nn.Linear(hidden_size, answers, **to)
+        )
+        self.halt = nn.Linear(hidden_size, 1, **to)
 
     def _heads(self, x: Tensor) -> Tensor:  # (b, n, w) -> (b, r, n, w / r)
         return x.unflatten(-1, (self.read_heads, -1)).transpose(1, 2)
@@ -171,15 +173,15 @@ def practise(
     model.eval()
     return losses
 
-# %% ../../nbs/10_reasoning.ipynb #acc2ab7e
+# %% ../../nbs/10_reasoning.ipynb #aedc5248
 class StoryNetwork(nn.Module):
     "Facts of two things as premises for a `ReasoningNetwork`."
-    def __init__(self, things: int = 24, width: int = 64, hops: int = 6):
+    def __init__(self, things: int = 24, hidden_size: int = 64, hops: int = 6):
         super().__init__()
-        self.inner = nn.Embedding(things, width)
-        self.outer = nn.Embedding(things, width)
-        self.question = nn.Embedding(things, width)
-        self.reason = ReasoningNetwork(width, things, hops)
+        self.inner = nn.Embedding(things, hidden_size)
+        self.outer = nn.Embedding(things, hidden_size)
+        self.question = nn.Embedding(things, hidden_size)
+        self.reason = ReasoningNetwork(hidden_size, things, hops)
 
     def forward(self, story: Stories, hops: int | None = None) -> Reasoning:
         "`story -> Reasoning`."
@@ -373,7 +375,7 @@ def encode_entailments(
         levels.append((operator, place[left], place[right]))
     return EncodedFormulas(variable[order[height[order] == 0]], levels, place[torch.tensor(roots)], most)
 
-# %% ../../nbs/10_reasoning.ipynb #ade890cf
+# %% ../../nbs/10_reasoning.ipynb #ae06bea6
 def all_worlds(variables: int) -> Tensor:  # (2**variables, variables) of 0 and 1
     "Every assignment of truth to the variables; world w has its bit i for variable i."
     return torch.arange(2 ** variables).unsqueeze(1) >> torch.arange(variables) & 1
@@ -381,19 +383,19 @@ def all_worlds(variables: int) -> Tensor:  # (2**variables, variables) of 0 and 
 
 class FormulaEncoder(nn.Module):
     "Formulas as vectors, one for each world: a tree network shared by nodes and worlds. Evans et al. 2018."
-    def __init__(self, width: int = 32, hidden: int = 64):
+    def __init__(self, slot_dim: int = 32, hidden_size: int = 64):
         super().__init__()
-        self.truth = nn.Embedding(2, width)
-        self.operator = nn.Embedding(4, hidden)
-        self.left = nn.Linear(width, hidden, bias=False)
-        self.right = nn.Linear(width, hidden, bias=False)
-        self.out = nn.Linear(hidden, width)
+        self.truth = nn.Embedding(2, slot_dim)
+        self.operator = nn.Embedding(4, hidden_size)
+        self.left = nn.Linear(slot_dim, hidden_size, bias=False)
+        self.right = nn.Linear(slot_dim, hidden_size, bias=False)
+        self.out = nn.Linear(hidden_size, slot_dim)
 
-    def leaves(self, formulas: EncodedFormulas, worlds: Tensor) -> Tensor:  # (leaves, worlds, width)
+    def leaves(self, formulas: EncodedFormulas, worlds: Tensor) -> Tensor:  # (leaves, worlds, slot_dim)
         "What a variable is, in each world."
         return self.truth(worlds.T[formulas.leaf])
 
-    def forward(self, formulas: EncodedFormulas, worlds: Tensor) -> Tensor:  # (formulas, worlds, width)
+    def forward(self, formulas: EncodedFormulas, worlds: Tensor) -> Tensor:  # (formulas, worlds, slot_dim)
         "`worlds` (worlds, variables) of 0 and 1."
         nodes = F.normalize(self.leaves(formulas, worlds), dim=-1)
         for operator, left, right in formulas.levels:
@@ -401,15 +403,17 @@ class FormulaEncoder(nn.Module):
             nodes = torch.cat([nodes, F.normalize(self.out(hidden.relu()), dim=-1)])
         return nodes[formulas.root]
 
-# %% ../../nbs/10_reasoning.ipynb #6d932023
+# %% ../../nbs/10_reasoning.ipynb #b0330e48
 class EntailmentNetwork(nn.Module):
     "Does one formula follow from another? A `ReasoningNetwork` whose premises are possible worlds."
-    def __init__(self, width: int = 32, hops: int = 3):
+    def __init__(self, slot_dim: int = 32, hops: int = 3):
         super().__init__()
-        self.encoder = FormulaEncoder(width)
-        self.premise = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
-        self.question = nn.Parameter(0.1 * torch.randn(width))
-        self.reason = ReasoningNetwork(width, 2, hops)
+        self.encoder = FormulaEncoder(slot_dim)
+        self.premise = nn.Sequential(
+            nn.Linear(2 * slot_dim, 2 * slot_dim), nn.ReLU(), nn.Linear(2 * slot_dim, slot_dim)
+        )
+        self.question = nn.Parameter(0.1 * torch.randn(slot_dim))
+        self.reason = ReasoningNetwork(slot_dim, 2, hops)
 
     def forward(self,
         formulas: EncodedFormulas,  # of `encode_entailments`
@@ -418,19 +422,19 @@ class EntailmentNetwork(nn.Module):
     ) -> Reasoning:  # answer 1: it follows
         "`EncodedFormulas -> Reasoning` over the worlds."
         if worlds is None: worlds = all_worlds(formulas.variables).to(formulas.leaf.device)
-        pair = self.encoder(formulas, worlds).unflatten(0, (-1, 2))  # (b, 2, worlds, width)
+        pair = self.encoder(formulas, worlds).unflatten(0, (-1, 2))  # (b, 2, worlds, slot_dim)
         memory = self.premise(torch.cat([pair[:, 0], pair[:, 1]], -1))
         return self.reason(memory, self.question.expand(len(memory), -1), hops=hops)
 
-# %% ../../nbs/10_reasoning.ipynb #9c1eff58
+# %% ../../nbs/10_reasoning.ipynb #0d8b9d37
 SYMBOLS = "abcdefgh~&|>;"  # ';' stands between premise and conclusion
 
 
 class _TreeEncoder(FormulaEncoder):
     "One world, in which every variable is a learned vector."
-    def __init__(self, width: int = 32, hidden: int = 64):
-        super().__init__(width, hidden)
-        self.truth = nn.Embedding(8, width)
+    def __init__(self, slot_dim: int = 32, hidden_size: int = 64):
+        super().__init__(slot_dim, hidden_size)
+        self.truth = nn.Embedding(8, slot_dim)
 
     def leaves(self, formulas: EncodedFormulas, worlds: Tensor) -> Tensor:
         return self.truth(formulas.leaf).unsqueeze(1)
@@ -438,11 +442,11 @@ class _TreeEncoder(FormulaEncoder):
 
 class _TokenNetwork(nn.Module):
     "An LSTM over the symbols of a question, or their counts, and a small network."
-    def __init__(self, kind: str, hidden: int = 128):
+    def __init__(self, kind: str, hidden_size: int = 128):
         super().__init__()
-        self.lstm = nn.LSTM(len(SYMBOLS), hidden, batch_first=True) if kind == "lstm" else None
+        self.lstm = nn.LSTM(len(SYMBOLS), hidden_size, batch_first=True) if kind == "lstm" else None
         self.head = nn.Sequential(
-            nn.Linear(hidden if self.lstm else 2 * len(SYMBOLS), hidden), nn.ReLU(), nn.Linear(hidden, 2)
+            nn.Linear(hidden_size if self.lstm else 2 * len(SYMBOLS), hidden_size), nn.ReLU(), nn.Linear(hidden_size, 2)
         )
 
     def forward(self, questions: list[Entailment]) -> Tensor:  # (b, 2)

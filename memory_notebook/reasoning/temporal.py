@@ -26,22 +26,22 @@ from ..corpora import load_series
 from .reasoning import practise
 from ..runs import Run, chosen, cpu_seconds, experiment, sweep, sweep_metrics
 
-# %% ../../nbs/10b_temporal.ipynb #1657a394
+# %% ../../nbs/10b_temporal.ipynb #767f57bf
 class CausalAttention(nn.Module):
     "Attention over the past, nearer steps preferred (Press et al. 2022); called like `nn.LSTM`, without a state."
     def __init__(self,
-        width: int,
+        hidden_size: int,  # of inputs and outputs
         heads: int = 4,
         window: int | None = None,  # steps it sees, the present one included; None: all
     ):
         super().__init__()
-        if width % heads or window is not None and window < 1:
-            raise ValueError(f"width {width}, heads {heads}, window {window}: expected heads that divide the width, "
-                             "and a window of at least 1")
+        if hidden_size % heads or window is not None and window < 1:
+            raise ValueError(f"hidden_size {hidden_size}, heads {heads}, window {window}: expected heads that divide "
+                             "hidden_size, and a window of at least 1")
         self.heads = heads
         self.window = window
-        self.qkv = nn.Linear(width, 3 * width)
-        self.output = nn.Linear(width, width)
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.output = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
         "`x (b, t, w) -> (y (b, t, w), None)`; it cannot continue from a state."
@@ -55,8 +55,8 @@ class CausalAttention(nn.Module):
         read = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.output(read.transpose(1, 2).flatten(2)), None
 
-# %% ../../nbs/10b_temporal.ipynb #6f54e136
-_MEMORIES: dict[str, tuple[str, str, dict]] = {  # name -> module, class, options; the width is added
+# %% ../../nbs/10b_temporal.ipynb #7698a215
+_MEMORIES: dict[str, tuple[str, str, dict]] = {  # name -> module, class, options; the size is added
     "lstm": ("torch.nn", "LSTM", {"batch_first": True}),
     "gru": ("torch.nn", "GRU", {"batch_first": True}),
     "ntm": ("memory_notebook.machines.ntm", "NTM", {"memory_slots": 16, "slot_dim": 16}),
@@ -72,42 +72,43 @@ _MEMORIES: dict[str, tuple[str, str, dict]] = {  # name -> module, class, option
 
 def make_memory(
     name: str,  # lstm, gru, ntm, dnc, delta01, delta02, gated, linear, window or attention
-    width: int,  # of inputs and outputs; of the hidden state, where there is one
+    input_size: int,  # of inputs and outputs; of the hidden state too, if hidden_size is not given
     **options: Any,  # of the memory
 ) -> nn.Module:
     "A memory of the book by its name; its chapter is imported when it is asked for."
     module, cls, defaults = _MEMORIES[chosen(name, _MEMORIES, "memory")[0]]
     options = defaults | options
-    if cls in ("LSTM", "GRU", "NTM", "DNC"): options.setdefault("hidden_size", width)
-    if cls in ("NTM", "DNC"): options.setdefault("output_size", width)
-    return getattr(import_module(module), cls)(width, **options)
+    if cls in ("LSTM", "GRU", "NTM", "DNC"): options.setdefault("hidden_size", input_size)
+    if cls in ("NTM", "DNC"): options.setdefault("output_size", input_size)
+    return getattr(import_module(module), cls)(input_size, **options)
 
-# %% ../../nbs/10b_temporal.ipynb #bb06c7d3
+# %% ../../nbs/10b_temporal.ipynb #1c90e573
 class TemporalMemoryModel(nn.Module):
     "A sequence model around any memory that is called like `nn.LSTM(batch_first=True)`."
     def __init__(self,
         input_size: int,  # d of the inputs, or the number of different tokens
         output_size: int,
-        width: int = 64,  # w
-        memory: str | Callable[[int], nn.Module] = "lstm",  # a name of `make_memory`, or width -> module
-        layers: int = 1,
+        hidden_size: int = 64,  # w, between input and output
+        memory: str | Callable[[int], nn.Module] = "lstm",  # a name of `make_memory`, or hidden_size -> module
+        num_layers: int = 1,
         tokens: bool = False,  # inputs are token numbers (b, t), not vectors (b, t, d)
         **options: Any,  # of a memory given by name
     ):
         super().__init__()
-        if min(input_size, output_size, width, layers) < 1:
-            raise ValueError(f"input_size {input_size}, output_size {output_size}, width {width}, layers {layers}: "
-                             "expected at least 1 each")
+        if min(input_size, output_size, hidden_size, num_layers) < 1:
+            raise ValueError(f"input_size {input_size}, output_size {output_size}, hidden_size {hidden_size}, "
+                             f"num_layers {num_layers}: expected at least 1 each")
         make = functools.partial(make_memory, memory, **options) if isinstance(memory, str) else memory
         self.tokens = tokens
         self.input_size = input_size
-        self.input = nn.Embedding(input_size, width) if tokens else nn.Linear(input_size, width)
-        self.memories = nn.ModuleList([make(width) for _ in range(layers)])
-        self.norms = nn.ModuleList([nn.LayerNorm(width) for _ in range(2 * layers + 1)])
+        self.input = nn.Embedding(input_size, hidden_size) if tokens else nn.Linear(input_size, hidden_size)
+        self.memories = nn.ModuleList([make(hidden_size) for _ in range(num_layers)])
+        self.norms = nn.ModuleList([nn.LayerNorm(hidden_size) for _ in range(2 * num_layers + 1)])
         self.feeds = nn.ModuleList([
-            nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)) for _ in range(layers)
+            nn.Sequential(nn.Linear(hidden_size, 2 * hidden_size), nn.GELU(), nn.Linear(2 * hidden_size, hidden_size))
+            for _ in range(num_layers)
         ])
-        self.output = nn.Linear(width, output_size)
+        self.output = nn.Linear(hidden_size, output_size)
 
     def forward(self,
         x: Tensor,  # (b, t, d), or tokens (b, t)
@@ -179,14 +180,14 @@ def track(
         states.append(state)
     return tokens, torch.stack(states, 1)
 
-# %% ../../nbs/10b_temporal.ipynb #ae188cc9
+# %% ../../nbs/10b_temporal.ipynb #716fa345
 def train_tracker(
     memory: str,  # of `make_memory`
     group: str,  # of GROUPS
     steps: int = 300,
     length: int = 24,
     batch_size: int = 32,
-    width: int = 32,
+    hidden_size: int = 32,
     lr: float = 5e-3,
     seed: int = 0,
     **options: Any,  # of the memory
@@ -194,7 +195,7 @@ def train_tracker(
     "Train a model to name the state after every token."
     set_seed(seed)
     n = len(GROUPS[group])
-    model = TemporalMemoryModel(n, n, width, memory, tokens=True, **options)
+    model = TemporalMemoryModel(n, n, hidden_size, memory, tokens=True, **options)
     generator = torch.Generator().manual_seed(seed)
 
     def loss(step: int) -> Tensor:
@@ -280,21 +281,21 @@ def completions(
         if _examined(rule) == exam: rows.append(continue_rule(rule, length))
     return torch.tensor(rows)
 
-# %% ../../nbs/10b_temporal.ipynb #79565fd2
+# %% ../../nbs/10b_temporal.ipynb #65ed6d93
 def train_completer(
     memory: str,  # of `make_memory`
     steps: int = 600,
     length: int = 24,
     batch_size: int = 32,
-    width: int = 64,
-    layers: int = 2,
+    hidden_size: int = 64,
+    num_layers: int = 2,
     sequences: int = 20_000,  # to practise on
     lr: float = 3e-3,
     seed: int = 0,
 ) -> TemporalMemoryModel:
     "Train a model to say the next digit at every step."
     set_seed(seed)
-    model = TemporalMemoryModel(10, 10, width, memory, layers, tokens=True)
+    model = TemporalMemoryModel(10, 10, hidden_size, memory, num_layers, tokens=True)
     generator = torch.Generator().manual_seed(seed)
     data = completions(sequences, length, seed=seed)
 
@@ -343,21 +344,21 @@ def adding(
     mark = torch.zeros_like(value).scatter_(1, torch.cat([first, second], 1), 1.0)
     return torch.stack([value, mark], -1), (value * mark).sum(1)
 
-# %% ../../nbs/10b_temporal.ipynb #20dd9407
+# %% ../../nbs/10b_temporal.ipynb #637f34f0
 def train_waiter(
     memory: str,  # of `make_memory`
     problem: str,  # "copy" or "adding"
     length: int = 50,  # steps to wait, or numbers
     steps: int = 400,
     batch_size: int = 32,
-    width: int = 32,
+    hidden_size: int = 32,
     lr: float = 5e-3,
     seed: int = 0,
 ) -> float:  # share of right digits; of the adding problem, sums that are off by less than 0.1
     "Train a model on copy memory or the adding problem, and examine it."
     set_seed(seed)
     copies = chosen(problem, ("copy", "adding"), "problem") == ["copy"]
-    model = TemporalMemoryModel(10 if copies else 2, 10 if copies else 1, width, memory, tokens=copies)
+    model = TemporalMemoryModel(10 if copies else 2, 10 if copies else 1, hidden_size, memory, tokens=copies)
     generator = torch.Generator().manual_seed(seed)
 
     def answer(n: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -374,7 +375,7 @@ def train_waiter(
     right = out.argmax(-1) == y if copies else (out - y).abs() < 0.1
     return right.float().mean().item()
 
-# %% ../../nbs/10b_temporal.ipynb #dccc9f6f
+# %% ../../nbs/10b_temporal.ipynb #0a70cc9c
 SEASONS = {"sunspots": 11, "co2": 12, "nile": 1}
 
 
@@ -404,7 +405,7 @@ def foresee(
     memory: str = "lstm",  # of `make_memory`
     change: bool = False,  # foresee the change from the value before, not the value
     steps: int = 150,
-    width: int = 16,
+    hidden_size: int = 16,
     seed: int = 0,
 ) -> float:
     "Train on the first seventy percent; error on the rest as a multiple of the seasonal naive forecast's."
@@ -413,7 +414,7 @@ def foresee(
     series = value.diff() if change else value[1:]
     mean, std = series[:n - 1].mean(), series[:n - 1].std()
     x = ((series - mean) / std).view(1, -1, 1)
-    model = TemporalMemoryModel(1, 1, width, memory)
+    model = TemporalMemoryModel(1, 1, hidden_size, memory)
     inside = x[:, :n - 1]
     practise(model, lambda step: F.l1_loss(model(inside[:, :-1])[0], inside[:, 1:]), steps, 1e-2)
     with torch.no_grad(): said = model(x[:, :-1])[0].flatten() * std + mean
