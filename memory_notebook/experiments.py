@@ -103,21 +103,6 @@ CHAPTERS: dict[str, Chapter] = {
         "gpt2_facts",
         "tell a small GPT-2 ten to a thousand facts and ask what it says now, with every read",
     ),
-    "experiment:logic": Chapter(
-        ".reasoning.reasoning",
-        "logic_experiment",
-        "does one formula follow from another? possible worlds, trees, an LSTM and a bag of symbols",
-    ),
-    "experiment:temporal": Chapter(
-        ".reasoning.temporal",
-        "temporal_experiment",
-        "continue sequences, wait, and foresee measured series, with several memories",
-    ),
-    "experiment:tracking": Chapter(
-        ".reasoning.temporal",
-        "tracking_experiment",
-        "parity, counting modulo 3, permutations: which memory keeps a state beyond its practice",
-    ),
     "benchmark:replay": Chapter(
         ".bench.replay", "bench_replay", "draws, updates and additions of replay buffers, side by side", "replay_table"
     ),
@@ -145,6 +130,25 @@ CHAPTERS: dict[str, Chapter] = {
     ),
     "benchmark:maml": Chapter(
         ".bench.maml", "bench_maml", "a second-order MAML step: the tasks side by side against a loop over them"
+    ),
+}
+
+# %% ../nbs/12_experiments.ipynb #fca5686c
+CHAPTERS |= {
+    "experiment:logic": Chapter(
+        ".reasoning.reasoning",
+        "logic_experiment",
+        "does one formula follow from another? possible worlds, trees, an LSTM and a bag of symbols",
+    ),
+    "experiment:temporal": Chapter(
+        ".reasoning.temporal",
+        "temporal_experiment",
+        "continue sequences, wait, and foresee measured series, with several memories",
+    ),
+    "experiment:tracking": Chapter(
+        ".reasoning.temporal",
+        "tracking_experiment",
+        "parity, counting modulo 3, permutations: which memory keeps a state beyond its practice",
     ),
 }
 
