@@ -18,6 +18,8 @@ from .machines.dnc import DNC, DifferentiableNeuralComputer, DNCCell, DNCConfig
 from .machines.ntm import NTM, NeuralTuringMachine, NTMCell, NTMConfig
 from .reasoning.hops import CompositionMemory
 from .reasoning.knowledge import KnowledgeGraphModel
+from .reasoning.reasoning import EntailmentNetwork, ReasoningNetwork
+from .reasoning.temporal import TemporalMemoryModel
 from .runs import load_result, run_experiment
 from .sparse.engram import Engram, EngramConfig, add_engram
 from .sparse.finetuning import SparseFinetuner, add_memory_layers

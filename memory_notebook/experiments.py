@@ -167,6 +167,25 @@ CHAPTERS |= {  # more benchmarks
     ),
 }
 
+# %% ../nbs/12_experiments.ipynb #fca5686c
+CHAPTERS |= {
+    "experiment:logic": Chapter(
+        ".reasoning.reasoning",
+        "logic_experiment",
+        "does one formula follow from another? possible worlds, trees, an LSTM and a bag of symbols",
+    ),
+    "experiment:temporal": Chapter(
+        ".reasoning.temporal",
+        "temporal_experiment",
+        "continue sequences, wait, and foresee measured series, with several memories",
+    ),
+    "experiment:tracking": Chapter(
+        ".reasoning.temporal",
+        "tracking_experiment",
+        "parity, counting modulo 3, permutations: which memory keeps a state beyond its practice",
+    ),
+}
+
 # %% ../nbs/12_experiments.ipynb #a10ac2db
 class _Usage(Exception):
     "The command was wrong, not the run."
