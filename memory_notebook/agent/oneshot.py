@@ -18,7 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .meta import annealed
-from ..core import check_finite, content_weights, has_values, interpolate, least_used, patch, read, set_seed, unit
+from memory_notebook.core import (
+    check_finite,
+    content_weights,
+    has_values,
+    interpolate,
+    least_used,
+    patch,
+    read,
+    set_seed,
+    unit,
+)
 from ..data import episodes, load_omniglot_vinyals
 from ..runs import Run, cpu_seconds, experiment, sweep, sweep_metrics
 from ..sequence import Machine, MachineCell, MachineConfig, carried, configure, layers

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Formula', 'SYMBOLS', 'LOGICIANS', 'Stories', 'containment', 'Reasoning', 'ReasoningNetwork', 'reasoning_loss',
-           'practise', 'StoryNetwork', 'examine_stories', 'parse', 'written', 'truth_table', 'entails', 'Entailment',
-           'entailments', 'EncodedFormulas', 'encode_entailments', 'all_worlds', 'FormulaEncoder', 'EntailmentNetwork',
-           'train_logician', 'examine_logic', 'logic_experiment']
+           'practise', 'StoryNetwork', 'examine_stories', 'parse_formula', 'written', 'truth_table', 'entails',
+           'Entailment', 'entailments', 'EncodedFormulas', 'encode_entailments', 'all_worlds', 'FormulaEncoder',
+           'EntailmentNetwork', 'train_logician', 'examine_logic', 'logic_experiment']
 
 # %% ../../nbs/10_reasoning.ipynb #bdb22a77
 import hashlib
@@ -202,7 +202,7 @@ Formula = tuple[str, ...]  # postfix
 _BINDING = {"~": 4, "&": 3, "|": 2, ">": 1}  # the stronger operator first
 
 
-def parse(
+def parse_formula(
     text: str,  # "(p & q) > ~r"; variables are single lower-case letters, > groups to the right
 ) -> Formula:
     "A written formula in postfix order."
