@@ -204,6 +204,12 @@ CASES: dict[str, Case] = {
     ),
     "Engram": Case(_engram, lambda b: (_randn(b, 6, 16), *_tokens(b))),
     "SimpleMemoryAttention": Case(_simple_memory_attention, _sequences),
+    "DeltaMemory": Case(_named(".speeds.delta", "DeltaMemory", 6, 2), _sequences),
+    "ReasoningNetwork": Case(
+        _named(".reasoning.reasoning", "ReasoningNetwork", 6, 3, 2), lambda b: (_randn(b, 4, 6), _randn(b, 6))
+    ),
+    "TemporalMemoryModel": Case(_named(".reasoning.temporal", "TemporalMemoryModel", 6, 3, 8, "gru"), _sequences, _lstm),
+    "CausalAttention": Case(_named(".reasoning.temporal", "CausalAttention", 8, 2), lambda b: (_randn(b, 4, 8),)),
     "GPT-2 with memory layers": Case(_memory_gpt2, _tokens, _gpt2),
     "GPT-2 with Engram": Case(_engram_gpt2, _tokens, _gpt2),
 }
@@ -220,6 +226,13 @@ WITHIN = {
     "ContinualLearningGPT2": "a GPT-2 with a bank, in tests/test_gpt2.py",
     "ContinualLearningLlama": "a Llama with a bank, in tests/test_gpt2.py",
     "Linear": "inside MLP",
+    "KnowledgeGraphModel": "tables of embeddings, trained by its own `learn`",
+    "TripleIndex": "an index of integers",
+    "ChainReader": "an LSTM or a Transformer of torch, the baselines of the chapter",
+    "CompositionMemory": "a table of counts, without gradients",
+    "StoryNetwork": "a ReasoningNetwork that reads stories",
+    "EntailmentNetwork": "a ReasoningNetwork that reads formulas",
+    "FormulaEncoder": "inside EntailmentNetwork",
     "StackedLinear": "the layers of machines that stand side by side",
 }
 

@@ -308,7 +308,12 @@ def train_completer(
 
 
 @torch.no_grad()
-def examine_completer(model: nn.Module, length: int, kinds: tuple[str, ...] = COMPLETION_RULES[:4], count: int = 400) -> float:
+def examine_completer(
+    model: nn.Module,
+    length: int,
+    kinds: tuple[str, ...] = COMPLETION_RULES[:4],
+    count: int = 400,
+) -> float:
     "Share of right next digits over the second half of unseen sequences, by when every rule has shown itself."
     x = completions(count, length, exam=True, kinds=kinds, seed=2_000_000 + length)
     half = slice(length // 2, None)

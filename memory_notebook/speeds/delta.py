@@ -184,7 +184,7 @@ def _step_back(kept: Tensor, move: Tensor | None, x: Tensor) -> Tensor:
 
 def _unbind(*chunks: Tensor | None) -> list[tuple]:
     "One tuple for each chunk; what is None stays None."
-    n = next(len(c[0]) for c in chunks if c is not None)
+    n = next(c.shape[1] for c in chunks if c is not None)
     return list(zip(*([None] * n if c is None else c.unbind(1) for c in chunks)))
 
 
@@ -343,8 +343,9 @@ def linear_memory(
     walk = _walk if torch.compiler.is_compiling() else _Walk.apply  # a compiler writes its own backward pass
     start = torch.cat([flat(m) for m in state[:2] if m is not None], 1)
     starts, updates, end = walk(start, chunks.writes, chunks.keys, chunks.stay, chunks.taken, chunks.move)
-    y = (chunks.reads @ starts + chunks.within @ updates).flatten(1, 2)[:, :t].reshape(*lead, t, -1)
-    memory, *momentum = (m.reshape(*lead, w, -1) for m in end.split(w, 1))
+    y = (chunks.reads @ starts + chunks.within @ updates).flatten(1, 2)[:, :t]
+    y = y.reshape(*lead, t, y.shape[-1])
+    memory, *momentum = (m.reshape(*lead, w, m.shape[-1]) for m in end.split(w, 1))
     return y.to(v.dtype), DeltaState(memory, momentum[0] if momentum else None, gram)
 
 # %% ../../nbs/07a_delta.ipynb #6218b1b2
