@@ -162,6 +162,12 @@ CHAPTERS |= {  # more benchmarks
         "a memory layer from 2^14 to 2^20 slots: forward, backward, optimiser, beside product-key-memory and a "
         "feed-forward layer",
     ),
+    "benchmark:torch-features": Chapter(
+        ".bench.torch_features",
+        "bench_torch_features",
+        "what each module supports: bfloat16, compile, export, vmap, LoRA and more",
+        "features_table",
+    ),
     "benchmark:maml": Chapter(
         ".bench.maml", "bench_maml", "a second-order MAML step: the tasks side by side against a loop over them"
     ),
@@ -331,7 +337,7 @@ def execute(
     if as_json: print(json.dumps(result, indent=1))
     else: print(report(key, result, Path(lines[-1].removeprefix("results in "))))
     means = {k: v["mean"] if isinstance(v, dict) else v for k, v in result["metrics"].items()}
-    bad = [k for k, v in means.items() if not math.isfinite(v)]
+    bad = [k for k, v in means.items() if not isinstance(v, str) and not math.isfinite(v)]
     if bad:
         raise FloatingPointError(f"not a number: {', '.join(bad)}; look for NaN in the data or lower the learning rate")
 

@@ -277,39 +277,3 @@ def torch_features(
             base = _outcome(CHECKS[name], *built_on, folder)
             if base.startswith("fails"): found[name] = "as torch" + base.removeprefix("fails")
     return found
-
-# %% ../nbs/00k_features.ipynb #92fb3d2a
-_COLOURS = {
-    "holds": "#009E73",
-    "falls back": "#56B4E9",
-    "refuses": "#E69F00",
-    "does not apply": "#DDDDDD",
-    "as torch": "#999999",
-    "fails": "#D55E00",
-    "wrong": "#000000",
-}
-
-
-def _features_figure(
-    table: dict[str, dict[str, str]],  # module -> feature -> outcome, as `torch_features` names it
-):
-    "A grid of modules and features, coloured by outcome."
-    from matplotlib.colors import ListedColormap
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-    kinds = list(_COLOURS)
-    colours = list(_COLOURS.values())
-    columns = list(next(iter(table.values())))
-    codes = [[kinds.index(row[c].split(":")[0]) for c in columns] for row in table.values()]
-    fig = Figure(figsize=(0.36 * len(columns) + 3, 0.24 * len(table) + 1.8), dpi=90, layout="constrained")
-    ax = fig.subplots()
-    ax.pcolormesh(codes, cmap=ListedColormap(colours), vmin=0, vmax=len(kinds), edgecolors="white", linewidth=1)
-    ax.set_xticks([i + 0.5 for i in range(len(columns))], columns, rotation=60, ha="left")
-    ax.set_yticks([i + 0.5 for i in range(len(table))], list(table))
-    ax.invert_yaxis()
-    ax.xaxis.tick_top()
-    ax.tick_params(length=0, labelsize=8)
-    seen = sorted({code for row in codes for code in row})
-    patches = [Patch(color=colours[i], label=kinds[i]) for i in seen]
-    ax.legend(handles=patches, loc="upper center", bbox_to_anchor=(0.4, 0), ncols=len(seen), frameon=False, fontsize=8)
-    return fig

@@ -435,6 +435,7 @@ def text_table(
 
 def number(value: Any) -> str:
     "A metric as text: mean ± standard deviation of several seeds, [low, high] of counted questions."
+    if isinstance(value, str): return value
     if isinstance(value, dict):
         spread = f" ± {value['std']:.2g}" if len(value["values"]) > 1 else ""
         interval = f" [{', '.join(f'{v:.3g}' for v in value['interval'])}]" if "interval" in value else ""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import memory_notebook
 from memory_notebook.features import CHECKS, Inputs, gradients, torch_features
-from memory_notebook.runs import Run, benchmark, chosen
+from memory_notebook.runs import Run, benchmark, chosen, text_table
 
 PROCESSES = "two processes"
 
@@ -297,3 +297,10 @@ def bench_torch_features(run: Run, *,
         if shared: outcomes[PROCESSES] = shared[name]
         table |= {f"{name}.{what}": outcome for what, outcome in outcomes.items()}
     return table
+
+
+def features_table(metrics: dict[str, str]) -> str:
+    "Module, feature and outcome of all that does more, or less, than hold."
+    odd = [[*name.rsplit(".", 1), outcome] for name, outcome in metrics.items() if outcome != "holds"]
+    held = len(metrics) - len(odd)
+    return text_table([["module", "feature", "outcome"], *odd]) + f"\n\n{held} of {len(metrics)} hold"
