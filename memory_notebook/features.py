@@ -206,7 +206,7 @@ def _lora(make: _Make, inputs: Inputs) -> None:
     from peft.tuners.lora import LoraLayer
     module = make().eval()
     owners = Counter(id(part._parameters.get("weight")) for part in module.modules())
-    alone = lambda part: type(part) is nn.Linear and owners[id(part.weight)] == 1  # not tied to an embedding
+    alone = lambda part: isinstance(part, nn.Linear) and owners[id(part.weight)] == 1  # not tied to an embedding
     linear = [name for name, part in module.named_modules() if name and alone(part)]
     if not linear: raise _DoesNotApply
     plain = _run(module, inputs(3))[0].detach()
