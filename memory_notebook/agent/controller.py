@@ -26,9 +26,9 @@ class ControllerInterface(NamedTuple):
     gates: Tensor  # (..., h) 1 opens a new slot
 
 # %% ../../nbs/02_controller.ipynb #a7ab270b
-class _InterfaceMap(nn.Linear):
-    "One linear map from the hidden state to all interface vectors."
-    def __init__(self, hidden_dim: int, config: EpisodicMemoryConfig, initial_strength: float = 5.0):
+class _InterfaceLayout:
+    "Where the interface vectors lie in the output of one linear map of the hidden state."
+    def __init__(self, config: EpisodicMemoryConfig):
         r = config.read_heads
         h = config.write_heads
         key = config.key_dim
@@ -42,19 +42,24 @@ class _InterfaceMap(nn.Linear):
             write_strengths=h,
             gates=h,
         )
-        super().__init__(hidden_dim, sum(sizes))
         self.config = config
         self.sizes = list(sizes)
-        bias = ControllerInterface(*self.bias.detach().split(self.sizes))  # views
+
+    def layer(self, hidden_dim: int, initial_strength: float = 5.0) -> nn.Linear:
+        "The linear map, with biases that let a controller begin by writing into new slots."
+        layer = nn.Linear(hidden_dim, sum(self.sizes))
+        bias = ControllerInterface(*layer.bias.detach().split(self.sizes))  # views
         bias.read_strengths.fill_(initial_strength - 1)
         bias.write_strengths.fill_(initial_strength - 1)
         bias.erase.fill_(2.0)  # writes begin by opening new slots and clearing them
         bias.gates.fill_(2.0)
+        return layer
 
-    def forward(self, hidden: Tensor) -> ControllerInterface:
+    def activate(self, vector: Tensor) -> ControllerInterface:
+        "Cut the output of the map into the interface vectors, each in its range."
         r = self.config.read_heads
         h = self.config.write_heads
-        raw = ControllerInterface(*super().forward(hidden).split(self.sizes, -1))
+        raw = ControllerInterface(*vector.split(self.sizes, -1))
         write_keys = raw.write_keys.unflatten(-1, (h, -1))
         vectors = raw.write_vectors.unflatten(-1, (h, -1)).tanh()
         if self.config.key_dim < self.config.slot_dim: vectors = torch.cat([write_keys, vectors], -1)
@@ -99,7 +104,8 @@ class MemoryController(nn.Module):
         width = input_dim + (task_dim if tasks else 0)
         if kind == "lstm": self.core = nn.LSTM(width, hidden_dim, batch_first=True)
         else: self.core = nn.Sequential(nn.Linear(width, hidden_dim), nn.ReLU())
-        self.interface = _InterfaceMap(hidden_dim, self.config, initial_strength)
+        self.layout = _InterfaceLayout(self.config)
+        self.interface = self.layout.layer(hidden_dim, initial_strength)
         self.output = nn.Linear(hidden_dim + self.config.read_heads * self.config.slot_dim, output_dim or input_dim)
 
     def init_state(self, batch_size: int, memory: EpisodicMemory) -> ControllerState:
@@ -129,7 +135,7 @@ class MemoryController(nn.Module):
         sequences = x.reshape(-1, 1, x.shape[-1]) if x.dim() in (1, 2) else x
         encoded, hidden = self.encode(sequences, hidden, task)
         write = self.training if write is None else write
-        reads, episodic = self.remember(self.interface(encoded), memory, episodic, write)
+        reads, episodic = self.remember(self.layout.activate(self.interface(encoded)), memory, episodic, write)
         out = self.output(torch.cat([encoded, reads], -1))
         if x.dim() == 1: out = out.view(-1)
         if x.dim() == 2: out = out.squeeze(1)
