@@ -120,7 +120,7 @@ class _AgentNet(nn.Module):
         "What an input is stored under: the first read key, of length one."
         x, task = self.split(x)
         hidden, _ = self.controller.encode(x.unsqueeze(1), task=task)
-        return F.normalize(self.controller.interface(hidden).read_keys[:, 0, 0], dim=-1)
+        return F.normalize(self.controller.ask(hidden).read_keys[:, 0, 0], dim=-1)
 
 # %% ../../nbs/04b_agent.ipynb #b01fd233
 def _build_net(

@@ -135,11 +135,15 @@ class MemoryController(nn.Module):
         sequences = x.reshape(-1, 1, x.shape[-1]) if x.dim() in (1, 2) else x
         encoded, hidden = self.encode(sequences, hidden, task)
         write = self.training if write is None else write
-        reads, episodic = self.remember(self.layout.activate(self.interface(encoded)), memory, episodic, write)
+        reads, episodic = self.remember(self.ask(encoded), memory, episodic, write)
         out = self.output(torch.cat([encoded, reads], -1))
         if x.dim() == 1: out = out.view(-1)
         if x.dim() == 2: out = out.squeeze(1)
         return out, ControllerState(hidden, episodic)
+
+    def ask(self, hidden: Tensor) -> ControllerInterface:
+        "What the controller tells its memory, from its hidden state."
+        return self.layout.activate(self.interface(hidden))
 
     def remember(self,
         asks: ControllerInterface,  # of all steps, (b, t, ...)
