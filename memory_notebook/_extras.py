@@ -27,7 +27,9 @@ class _Missing:
     def find_spec(name: str, path=None, target=None):
         if name not in EXTRAS: return None
         frame = sys._getframe(1)
-        while frame and "importlib" in frame.f_globals.get("__name__", ""): frame = frame.f_back
+        while frame and "importlib" in frame.f_globals.get("__name__", ""):
+            if frame.f_globals["__name__"] == "importlib.util": return None  # it is only asked whether it is there
+            frame = frame.f_back
         asks = frame.f_globals.get("__name__", "") if frame else ""
         if not asks.startswith("memory_notebook."): return None  # others may look whether it is there
         raise ModuleNotFoundError(f"{asks} needs {name}: pip install 'memory_notebook[{EXTRAS[name]}]'", name=name)

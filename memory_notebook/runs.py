@@ -100,7 +100,7 @@ class Experiment:
             known[name] = _convert(value, hints.get(name, str), name)
         for name, least in (("seeds", 1), ("seed", 0)):
             if isinstance(n := known.get(name), int) and n < least:
-                raise ValueError(f"option {name}={n}: {name} must be at least {least}")
+                raise ValueError(f"option {name} is {n}: {name} must be at least {least}")
         return known
 
 
