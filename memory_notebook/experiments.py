@@ -115,7 +115,7 @@ CHAPTERS: dict[str, Chapter] = {
         "extra parameters in a table of n-grams against a wider feed-forward part",
     ),
     "experiment:frontier": Chapter(
-        ".sparse.frontier", "frontier", "teach new facts in ten ways and count what is forgotten"
+        ".sparse.frontier", "frontier", "teach new facts in sixteen ways and count what is forgotten"
     ),
     "experiment:pretrain-gpt2": Chapter(
         ".language.worldlm", "pretrain_gpt2", "train the small GPT-2 that ships with the package, on the world's corpus"

@@ -138,8 +138,8 @@ def _answer_costs(
     machines: int = 1,  # m that share the batch, each has b neighbours
 ) -> Tensor:  # (m,) nats per bit that was asked for
     "Mean cross-entropy of each machine's answers."
-    bits = bits_per_sequence(output, task).view(machines, -1).sum(1)
-    return bits * math.log(2) / (task.mask.view(machines, -1).sum(1) * task.y.shape[-1])
+    bits = bits_per_sequence(output, task).reshape(machines, -1).sum(1)
+    return bits * math.log(2) / (task.mask.reshape(machines, -1).sum(1) * task.y.shape[-1])
 
 # %% ../nbs/00h_practice.ipynb #2ad071aa
 def answer_step(model: nn.Module, batch: tuple[Tensor, TaskBatch], loss_fn: Any) -> tuple[Tensor, Tensor]:

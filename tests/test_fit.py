@@ -136,6 +136,8 @@ def test_fit_inside_a_callback(tmp_path):
 
 def test_an_accelerator_around_it_survives():
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    AcceleratorState._reset_state(reset_partial_state=True)  # of tests that came before
     theirs = Accelerator(cpu=True, mixed_precision="bf16")
     train()
     assert theirs.mixed_precision == "bf16" and theirs.device.type == "cpu"

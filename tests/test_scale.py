@@ -126,6 +126,7 @@ model = add_engram(tiny_model("llama"), (0,), rows=101, read_dim=24, heads=3, sp
 spread = DistributedDataParallel(model)
 spread(ids[half], labels=ids[half]).loss.backward()
 assert model.model.layers[0].engram.table.weight.grad.is_sparse
+del spread  # the wrapper holds the group, which must end first
 dist.destroy_process_group()
 """
 

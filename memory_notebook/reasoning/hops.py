@@ -428,9 +428,9 @@ def knowledge(
             if name not in ("families", "nations"): return out  # the ablation on the two smallest
             plain = link_prediction(name, seed, relation_weight=0.0)
             return out | {"no_relation_prediction_mrr": plain["embedding_mrr"]}
-        rows = [run.unit(f"{name}-seed{s}", partial(once, s)) for s in range(seeds)]
+        rows = [run.unit(f"{name}-seed{s}", partial(once, s)) for s in run.seeds(seeds)]
         metrics |= {f"{name}.{k}": v for k, v in over_seeds(rows).items()}
     if stories:
-        rows = [run.unit(f"stories-seed{s}", partial(_story_scores, s)) for s in range(seeds)]
+        rows = [run.unit(f"stories-seed{s}", partial(_story_scores, s)) for s in run.seeds(seeds)]
         metrics |= {f"family.{k}": v for k, v in over_seeds(rows).items()}
     return metrics
