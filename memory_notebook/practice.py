@@ -213,7 +213,7 @@ class FollowRecipe(Callback):
         m = _machines_in(model)
         output = model(x)[0]
         costs = _answer_costs(output, task, m)
-        asked = task.mask.view(m, -1).sum(1) * task.y.shape[-1] * m / len(x)  # bits of a sequence
+        asked = task.mask.reshape(m, -1).sum(1) * task.y.shape[-1] * m / len(x)  # bits of a sequence
         self.costs.append(costs.detach() * asked / math.log(2))
         return costs.sum(), output
 
