@@ -126,7 +126,7 @@ def _deepcopy(make: _Make, inputs: Inputs) -> None:
         for p in module.parameters(): p.fill_(0.5)
     _same_weights(twin, make, inputs)
 
-
+# %% ../nbs/00k_features.ipynb #55cf6859
 def _pickle(make: _Make, inputs: Inputs) -> None:
     file = io.BytesIO()
     torch.save(make(), file)
@@ -183,7 +183,7 @@ def _double_backward(make: _Make, inputs: Inputs) -> None:
     slope = (flat(after) - flat(before)) / (2 * step)
     assert (flat(second) - slope).norm() <= 1e-3 * slope.norm() + 1e-6, "second derivative differs from its slope"
 
-
+# %% ../nbs/00k_features.ipynb #d88ec51a
 def _vmap(make: _Make, inputs: Inputs) -> None:
     module = make().eval()
     args = inputs(3)
@@ -260,7 +260,7 @@ def _outcome(
     slower = any(ours(w.filename) for w in said if issubclass(w.category, UserWarning))
     return "falls back" if slower else "holds"
 
-
+# %% ../nbs/00k_features.ipynb #4e4ae9c6
 def torch_features(
     make: _Make,  # builds the module, with the same weights at every call
     inputs: Inputs,  # batch size -> arguments of forward; the batch is the first axis of every tensor

@@ -247,7 +247,7 @@ def score(self: Learner, logits: Tensor, y: Tensor, context: Tensor) -> Tensor:
     logits, y = self.stream.answer(logits, y, context)
     return (logits.argmax(1) == y).float().mean()
 
-
+# %% ../nbs/00j_learner.ipynb #3ffa017a
 @patch
 def train_step(self: Learner, x: Tensor, y: Tensor, context: Tensor) -> None:
     "One step on new samples and on what the methods put beside them."
@@ -399,7 +399,7 @@ def begin_context(self: Learner) -> None:
     if self.step == 0:
         for m in self.hooks: m.before_context(self)
 
-
+# %% ../nbs/00j_learner.ipynb #25caf202
 @patch
 def end_context(self: Learner, start: float) -> None:
     "The methods look back, and everything is tested; `start`: processor seconds when the present work began."
@@ -443,7 +443,7 @@ def identity(self: Learner) -> dict[str, str]:
         run["optimiser"] = f"{type(self.opt).__name__}({settings})"
     return run
 
-
+# %% ../nbs/00j_learner.ipynb #7136d910
 @patch
 def state_dict(self: Learner) -> dict:
     "Everything from which the learner can go on, and whose it is."
@@ -462,7 +462,7 @@ def state_dict(self: Learner) -> dict:
         "rng": rng_state(),
     }
 
-
+# %% ../nbs/00j_learner.ipynb #19b82f51
 @patch
 def load_state_dict(self: Learner,
     state: dict,

@@ -48,7 +48,7 @@ class MachineConfig:
             raise ValueError(f"controller is {self.controller!r}: choose from {', '.join(_UNITS)}")
         if not 0 <= self.dropout < 1: raise ValueError(f"dropout is {self.dropout}: expected a share in [0, 1)")
 
-
+# %% ../nbs/00g_sequence.ipynb #9264db0f
 def configure(
     owner: type,  # the class that was called, which errors name
     config: type,  # its dataclass of options
@@ -317,7 +317,7 @@ def obstacle(self: MachineCell,
         if more := _more_than_linear(getattr(self, name)): return f"`{name}` {more}"
     return None
 
-
+# %% ../nbs/00g_sequence.ipynb #d4e96a76
 @patch
 def run(self: MachineCell,
     driven: Tensor,  # (t, b, units)
@@ -475,7 +475,7 @@ def _packed(self: Machine, packed: PackedSequence, state: Any) -> tuple[PackedSe
         lengths = lengths[packed.sorted_indices.cpu()]
     return packed._replace(data=pack_padded_sequence(y, lengths, batch_first=True).data), state
 
-
+# %% ../nbs/00g_sequence.ipynb #cb8cba7a
 @patch
 @torch.no_grad()
 def record(self: Machine,

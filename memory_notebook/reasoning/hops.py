@@ -48,7 +48,7 @@ def family_relations(
     here = people.exists.unsqueeze(-1) & people.exists.unsqueeze(-2)
     return label.where(here, -2)
 
-
+# %% ../../nbs/10c_hops.ipynb #86e274e4
 def kin_stories(
     relations: Tensor,  # (f, n, n) of `family_relations`
     steps: int,  # k, relations in a story
@@ -83,7 +83,7 @@ def composition_counts(
     step = kin[..., :-1]
     return sum(torch.einsum("xya,yzb,xzc->abc", s, s, k) for s, k in zip(step, kin))
 
-
+# %% ../../nbs/10c_hops.ipynb #2b47122f
 def grown_stories(
     relations: Tensor,  # (f, n, n) of `family_relations`
     counts: Tensor,  # (20, 20, 21) of `composition_counts`, over many families
@@ -158,7 +158,7 @@ def _read_chains(
     fit(model, Turns(), optimizer=torch.optim.Adam(model.parameters(), 2e-3), loss_fn=F.cross_entropy, epochs=epochs)
     return model
 
-
+# %% ../../nbs/10c_hops.ipynb #493d5f0d
 def _chain_accuracy(model: nn.Module, stories: KinStories) -> float:
     "The share of right words; no model may answer that there is none."
     with torch.no_grad(): said = model(stories.chain)[:, :len(KINSHIP)].argmax(1)

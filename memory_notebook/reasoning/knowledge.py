@@ -130,7 +130,7 @@ def _facts(triples: Iterable[tuple[str, str, str]]) -> list[tuple[str, ...]]:
     if wrong: raise ValueError(f"expected triples (head, relation, tail), got {wrong}")
     return facts
 
-
+# %% ../../nbs/10a_knowledge.ipynb #21922c17
 def as_graph(
     triples: Iterable[tuple[str, str, str]],  # (head, relation, tail); what is said twice counts once
     held_out: float = 0.1,  # share of the facts for validation, and as many for the test
@@ -185,7 +185,7 @@ def from_networkx(
     if nameless: raise ValueError(f"the edge {nameless[0]} → {nameless[2]} has no attribute {relation!r}")
     return as_graph(triples, **options)
 
-
+# %% ../../nbs/10a_knowledge.ipynb #765abe20
 def to_networkx(
     graph: Graph,
     part: str = "train",  # or "valid", "test"
@@ -474,7 +474,7 @@ def _some(valid: Tensor, config: KnowledgeGraphConfig) -> Tensor:
     draw = torch.Generator().manual_seed(config.seed)
     return valid[torch.randperm(len(valid), generator=draw)[:config.valid_most]]
 
-
+# %% ../../nbs/10a_knowledge.ipynb #82810fcc
 @patch
 def learn(
     self: KnowledgeGraphModel,

@@ -346,7 +346,7 @@ class EncodedFormulas(NamedTuple):
         levels = [tuple(v.to(device) for v in level) for level in self.levels]
         return EncodedFormulas(self.leaf.to(device), levels, self.root.to(device), self.variables)
 
-
+# %% ../../nbs/10_reasoning.ipynb #3db257e6
 def encode_entailments(
     questions: list[Entailment] | list[tuple[Formula, Formula]],
 ) -> EncodedFormulas:  # premises at even places, conclusions at odd ones
@@ -494,7 +494,7 @@ def train_logician(
     practise(net, loss, steps)
     return net
 
-
+# %% ../../nbs/10_reasoning.ipynb #a568b067
 @torch.no_grad()
 def examine_logic(net: nn.Module, questions: list[Entailment]) -> float:
     "Share of right answers."

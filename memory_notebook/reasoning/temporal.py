@@ -147,7 +147,7 @@ class TemporalMemoryModel(nn.Module):
             x = torch.cat([x, y.to(x.dtype)], 1)
         return torch.cat(out, 1)
 
-
+# %% ../../nbs/10b_temporal.ipynb #7c473d8e
 def _takes_lengths(memory: nn.Module) -> bool: return "lengths" in inspect.signature(memory.forward).parameters
 
 # %% ../../nbs/10b_temporal.ipynb #8a134402
@@ -265,7 +265,7 @@ def _examined(rule: tuple) -> bool:
     "Whether a rule belongs to the examination: a quarter of them do."
     return hashlib.sha1(repr(rule).encode()).digest()[0] < 64
 
-
+# %% ../../nbs/10b_temporal.ipynb #e88eb1ec
 def completions(
     count: int,
     length: int,
@@ -403,7 +403,7 @@ def seasonal_naive(value: Tensor, season: int) -> Tensor:  # as long as value; t
     "The value one season ago."
     return torch.cat([value.new_full((season,), torch.nan), value[:-season]])
 
-
+# %% ../../nbs/10b_temporal.ipynb #33458383
 def foresee(
     value: Tensor,  # (t,) a series without gaps
     season: int,

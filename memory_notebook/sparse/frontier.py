@@ -510,7 +510,7 @@ def _searched(metrics: dict[str, Any], regime: str, name: str) -> dict[float, di
     rates = sorted(float(k[len(head):-4]) for k in metrics if k.startswith(head) and k.endswith(".new"))
     return {lr: {k: metrics[f"{head}{lr:g}.{k}"] for k in ("new", "old")} for lr in rates}
 
-
+# %% ../../nbs/08d_frontier.ipynb #14c23362
 def frontier_figure(
     metrics: dict[str, Any],  # of a run or of a stored result
     regime: Literal["sequence", "batches"] = "sequence",

@@ -290,7 +290,7 @@ def _check_memory(rule: MemoryRule, q: Tensor, k: Tensor, v: Tensor, log_momentu
         if got == shape: continue
         raise ValueError(f"expected a state with {name} {shape}, got {got}: use the state of the same memory and batch")
 
-
+# %% ../../nbs/07a_delta.ipynb #0ce85bdb
 def empty_memory(rule: MemoryRule, k: Tensor, v: Tensor) -> DeltaState:
     "The state before the first of keys (..., t, w) and values (..., t, d); at least float32."
     *lead, _, w = k.shape
@@ -475,7 +475,7 @@ def _run(self: DeltaMemory, x: Tensor, state: DeltaState, live: Tensor | None) -
         y = self.norm(y.transpose(1, 2).to(self.norm.weight.dtype))
     return self.output(y.flatten(2)), end._replace(conv=conv)
 
-
+# %% ../../nbs/07a_delta.ipynb #9dab8018
 @patch
 def forward(self: DeltaMemory,
     x: Tensor,  # (b, t, d), or one sequence (t, d)
@@ -589,7 +589,7 @@ def train_recaller(
         losses.append(loss.item())
     return losses
 
-
+# %% ../../nbs/07a_delta.ipynb #1dd43da0
 @torch.no_grad()
 def examine_recaller(
     model: nn.Module,
