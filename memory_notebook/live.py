@@ -27,7 +27,7 @@ def png(
     raw = io.BytesIO()
     out = io.BytesIO()
     fig.savefig(raw, format="png", dpi=dpi)
-    Image.open(raw).convert("RGB").quantize(colors).save(out, "png", optimize=True)
+    Image.open(raw).convert("RGB").quantize(colors, Image.Quantize.FASTOCTREE).save(out, "png", optimize=True)
     return out.getvalue()
 
 # %% ../nbs/00d_live.ipynb #3f6631d3

@@ -525,7 +525,7 @@ def frontier_figure(
         if not tried: continue
         colour, dashes = _style(name)
         points = [(s["new"], s["old"]) for s in tried.values()]
-        ax.plot(*zip(*points), dashes, color=colour, lw=1.1, label=name)
+        ax.plot(*zip(*points), dashes, marker=".", ms=3, color=colour, lw=1.1, label=name)
         head = name if regime == "sequence" else f"{regime}.{name}"
         if f"{head}.new" in metrics:
             ax.plot(*(metrics[f"{head}.{k}"]["values"] for k in ("new", "old")), ".", color=colour, ms=7)
